@@ -1,0 +1,37 @@
+"""Class centers for JAX: the center loss and the state behind it.
+
+>>> import centerloss_jax as clj
+>>> import jax.numpy as jnp
+>>> x = jnp.array([[1.0, 2.0], [3.0, 4.0], [0.0, 1.0], [2.0, 2.0]])
+>>> centers = jnp.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
+>>> clj.center_loss(x, centers, jnp.array([0, 2, 1, 0])).item()
+4.75
+"""
+
+from centerloss_jax import linen, nnx
+from centerloss_jax._lookup import check_labels
+from centerloss_jax._loss import center_loss, center_loss_and_rows, center_rows
+from centerloss_jax._nearest import nearest_center
+from centerloss_jax._optimizer import with_centers
+from centerloss_jax._rows import RowUpdates, concatenate_rows
+from centerloss_jax._statistics import ClassStatistics, class_statistics
+from centerloss_jax._update import CenterUpdateState, center_update
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'CenterUpdateState',
+    'ClassStatistics',
+    'RowUpdates',
+    'center_loss',
+    'center_loss_and_rows',
+    'center_rows',
+    'center_update',
+    'check_labels',
+    'class_statistics',
+    'concatenate_rows',
+    'linen',
+    'nearest_center',
+    'nnx',
+    'with_centers',
+]

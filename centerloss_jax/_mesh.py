@@ -1,0 +1,74 @@
+"""Where arrays lie: the few lines in which the library speaks of devices, meshes and axis names."""
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def take_rows(table: Array, indices: Array) -> Array:
+    """table[indices] for indices that are rows of the table. [..., D], laid out over the devices as the indices are."""
+    sharding = jax.typeof(indices).sharding
+    out = None
+    if _has(AxisType.Explicit, sharding.mesh) or _has(AxisType.Explicit, jax.typeof(table).sharding.mesh):
+        mesh = sharding.mesh if _has(AxisType.Explicit, sharding.mesh) else jax.typeof(table).sharding.mesh
+        out = NamedSharding(mesh, P(*sharding.spec, None))
+    return table.at[indices].get(mode='promise_in_bounds', out_sharding=out)
+
+
+def add_rows(table: Array, indices: Array, values: Array) -> Array:
+    """table with values added to its rows, laid out as the table is; rows beyond the table are dropped."""
+    sharding = jax.typeof(table).sharding
+    out = sharding if _has(AxisType.Explicit, sharding.mesh) else None
+    return table.at[indices].add(values, mode='drop', out_sharding=out)
+
+
+def set_rows(table: Array, indices: Array, values: Array) -> Array:
+    """table with its rows replaced; the indices within the table are unique, those beyond it are dropped."""
+    sharding = jax.typeof(table).sharding
+    out = sharding if _has(AxisType.Explicit, sharding.mesh) else None
+    return table.at[indices].set(values, mode='drop', out_sharding=out)
+
+
+def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:
+    """Joins the arrays of all devices along their first axis, the same on each.
+
+    'invarying' tells shard_map's replication check that the result is the same everywhere. vmap has no such check, and
+    JAX 0.10 refuses the word there.
+    """
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    on_devices = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.lax.all_gather(a, axis_name, tiled=True, to='invarying' if on_devices else 'varying')
+
+
+def check_axis_name(axis_name: str | tuple[str, ...]) -> None:
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError:
+        raise NameError(
+            f'axis_name={axis_name!r} is not the name of an axis here: pass the axis_name of the jax.pmap, '
+            'jax.shard_map or jax.vmap around this call, or leave axis_name out on one device and under a plain jax.jit'
+        ) from None
+
+
+def replicate(tree, mesh: Mesh | None = None):
+    """Makes small arrays the same on every device of the mesh that they, the caller or the surroundings name.
+
+    Left to itself XLA scatters a sharded batch into a replicated table by reducing the whole table over the devices.
+    With replicated rows each device applies all of them to its own part, and O(B D) travels.
+    """
+
+    def leaf(a):
+        own = jax.typeof(a).sharding.mesh
+        if _has(AxisType.Explicit, own):
+            return jax.reshard(a, NamedSharding(own, P()))
+        around = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
+        if _has(AxisType.Auto, around):
+            return jax.lax.with_sharding_constraint(a, NamedSharding(around, P()))
+        return a
+
+    return jax.tree.map(leaf, tree)
+
+
+def _has(axis_type: AxisType, mesh) -> bool:
+    return axis_type in mesh.axis_types

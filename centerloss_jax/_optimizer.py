@@ -1,0 +1,85 @@
+"""One optimizer for a whole model: an ordinary one for its parameters, `center_update` for its centers."""
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from centerloss_jax._rows import RowUpdates
+from centerloss_jax._update import center_update
+from centerloss_jax.nnx import Centers
+
+
+def with_centers(
+    optimizer: optax.GradientTransformation,
+    alpha=0.5,
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+    mesh: Mesh | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.partition`: `optimizer` for the parameters, `center_update` for the centers.
+
+    What counts as centers: the entry 'centers' of a tree whose top level has the keys 'params' and 'centers' (a dict, a
+    FrozenDict or an nnx.State); in any other tree the `nnx.Centers` variables and the RowUpdates.
+
+    Clipping, accumulation and everything else that does arithmetic on gradients goes inside:
+    `with_centers(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))`,
+    `with_centers(optax.MultiSteps(optax.adam(1e-3), 4))`. In the latter the centers move at every micro-step, and n_j
+    counts the examples of that micro-step.
+
+    Args:
+      optimizer: any optax optimizer. It never sees the centers, and makes no state for them.
+      alpha: as for `center_update`, and so for the others.
+      axis_name: the axis of the surrounding `jax.pmap` or `jax.shard_map`.
+      mesh: the mesh of Auto axes, under `jax.jit`.
+
+    Returns:
+      An optax transform for `flax.training.train_state.TrainState`, `nnx.Optimizer` or `optax.apply_updates`. The
+      state of the centers is `state.inner_states['centers'].inner_state`.
+
+    Raises:
+      ValueError: from `init` and `update`, if nothing in the tree is a center. Centers that never move are the field's
+        most frequent fault, and an error is better.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp, optax
+      >>> params = {'params': {'kernel': jnp.ones((2, 2))}, 'centers': jnp.zeros((3, 2))}
+      >>> tx = clj.with_centers(optax.sgd(0.1), alpha=0.5)
+      >>> state = tx.init(params)
+      >>> rows = clj.center_rows(jnp.ones((1, 2)), params['centers'], jnp.array([2]))
+      >>> grads = {'params': {'kernel': jnp.ones((2, 2))}, 'centers': rows}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> optax.apply_updates(params, updates)['centers'].tolist()
+      [[0.0, 0.0], [0.0, 0.0], [0.25, 0.25]]
+
+    References:
+      Wen et al., ECCV 2016, Algorithm 1.
+    """
+    transforms = {'params': optimizer, 'centers': center_update(alpha, axis_name=axis_name, mesh=mesh)}
+    return optax.partition(transforms, _labels)
+
+
+def _labels(tree):
+    # Labels in the container that the tree came in: optax matches them as a tree prefix.
+    children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    names = [jax.tree_util.keystr(path, simple=True) for path, _ in children]
+    if sorted(names) == ['centers', 'params']:
+        return treedef.unflatten(names)
+    labels = jax.tree.map(_label, tree, is_leaf=_is_whole)
+    if 'centers' not in jax.tree.leaves(labels):
+        raise ValueError(
+            "with_centers found no centers. Pass a tree with the keys 'params' and 'centers' at its top, for the "
+            'parameters and for the gradients alike, with the RowUpdates of the step under centers; with nnx.Optimizer '
+            'pass wrt=(nnx.Param, centerloss_jax.nnx.Centers) and put the rows into the gradients as '
+            f'centerloss_jax.nnx.Centers(rows). The top of this tree has the keys {names}'
+        )
+    return labels
+
+
+def _is_whole(node) -> bool:
+    return isinstance(node, (nnx.Variable, RowUpdates))
+
+
+def _label(leaf) -> str:
+    return 'centers' if isinstance(leaf, (Centers, RowUpdates)) else 'params'

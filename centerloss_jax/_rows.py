@@ -1,0 +1,146 @@
+"""RowUpdates: a change to a few rows of a table, in the place of a gradient of the table's size."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
+from centerloss_jax._mesh import add_rows, set_rows, take_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowUpdates:
+    r"""A sparse `[C, D]` array that stands where a gradient or an update of a table would.
+
+    `table + rows` scatters the rows into the table, :math:`t_{k_i} \leftarrow t_{k_i} + v_i`, in place where the step
+    donates the table. `optax.apply_updates` computes just that for each leaf of the parameters, so stock optimizers and
+    train states take rows for a center table unchanged. A row with a negative index, or with one beyond the table, is
+    dropped.
+
+    Rows are not gradients. Summed over devices or with another pass, their indices would name other classes. Such a
+    sum, which the third field shows, is dropped and counted by `center_update`; a mean or a scaled copy is a TypeError.
+    Reduce, clip and accumulate inside `with_centers` instead, and join the rows of several passes by
+    `concatenate_rows`.
+
+    Attributes:
+      indices: integers `[N]`, rows of the table.
+      values: floating point `[N, D]`.
+      guard: int32 `[]`, the constant 1. It is not for users: anything that adds rows up makes it something else.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> rows = clj.RowUpdates(jnp.array([1, 1]), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+      >>> (jnp.zeros((3, 2)) + rows).tolist()
+      [[0.0, 0.0], [4.0, 6.0], [0.0, 0.0]]
+    """
+
+    indices: ArrayLike
+    values: ArrayLike
+    guard: ArrayLike = dataclasses.field(default=np.int32(1), kw_only=True)
+
+    # Without it a NumPy table would add the rows up elementwise by itself.
+    __array_ufunc__ = None
+
+    def __radd__(self, table: ArrayLike) -> Array:
+        if not isinstance(table, (jax.Array, np.ndarray)):
+            return NotImplemented
+        table = check_table(table, 'the table')
+        indices, values = checked(self, table)
+        indices = jnp.where(indices < 0, table.shape[0], indices)
+        if wide(table.dtype) == table.dtype:
+            return add_rows(table, indices, values.astype(table.dtype))
+        # In a narrow dtype each addition rounds: sum a class's rows first, in float32, and round once.
+        groups = group_rows(indices)
+        values = groups.sum(values)
+        old = take_rows(table, jnp.where(groups.indices < table.shape[0], groups.indices, 0))
+        return set_rows(table, groups.indices, (old + values).astype(table.dtype))
+
+
+def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
+    """Joins the rows of several passes over one table into one update.
+
+    `center_update` then counts the examples of a class over all of them, as if they had been one batch.
+
+    Args:
+      *rows: RowUpdates of `[N_k, D]` with one D.
+
+    Returns:
+      RowUpdates of the sum of N_k rows.
+
+    Raises:
+      TypeError: if an argument is not RowUpdates, or its rows were scaled or averaged.
+      ValueError: if there are none, or D differs.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> rows = clj.RowUpdates(jnp.array([1]), jnp.ones((1, 2)))
+      >>> clj.concatenate_rows(rows, rows).indices.tolist()
+      [1, 1]
+    """
+    if not rows:
+        raise ValueError('concatenate_rows needs at least one RowUpdates')
+    parts = [checked(part) for part in rows]
+    widths = sorted({values.shape[1] for _, values in parts})
+    if len(widths) > 1:
+        raise ValueError(f'rows must belong to one table, got values of {widths} features')
+    return RowUpdates(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array]:
+    """Indices as int32 and values in float32 or wider; indices that name no row of the table are MISTAKE."""
+    if not isinstance(rows, RowUpdates):
+        raise TypeError(f'expected RowUpdates, as center_rows returns, got {type(rows).__name__}')
+    indices, values, guard = jnp.asarray(rows.indices), jnp.asarray(rows.values), jnp.asarray(rows.guard)
+    if not jnp.issubdtype(indices.dtype, jnp.integer) or not jnp.issubdtype(guard.dtype, jnp.integer):
+        raise TypeError(
+            f'the indices of RowUpdates must be integers, got {type_name(indices)}: rows are not gradients, and these '
+            'were averaged or scaled as if they were. Keep them out of pmean, clipping, scaling and accumulation: put '
+            'such transforms inside, with_centers(optax.chain(clip, adam)), and reduce the gradients of params alone'
+        )
+    if indices.ndim != 1 or values.ndim != 2 or indices.shape[0] != values.shape[0]:
+        raise ValueError(
+            f'RowUpdates must have indices [N] and values [N, D], got {list(indices.shape)} and {list(values.shape)}'
+        )
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f'the values of RowUpdates must be floating point, got {type_name(values)}')
+    num_classes = MISTAKE
+    if table is not None:
+        num_classes, width = table.shape
+        if values.shape[1] != width:
+            raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
+    whole = (guard == 1) & (indices < num_classes if num_classes <= jnp.iinfo(indices.dtype).max else True)
+    narrow = jnp.where(indices >= 0, jnp.where(whole, indices, 0).astype(jnp.int32), -1)
+    return jnp.where(whole, narrow, MISTAKE), values.astype(wide(values.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """N rows grouped by their index. There are at most N groups, so all arrays keep the length N."""
+
+    indices: Array  # int32 [N], the index of each group, ascending; beyond the last group MISTAKE
+    group: Array  # int32 [N], the group of each row
+    size: Array  # int32 [N], the number of rows in each group
+
+    def sum(self, values: Array) -> Array:
+        return jnp.zeros_like(values).at[self.group].add(values, mode='promise_in_bounds')
+
+
+def group_rows(indices: Array) -> Groups:
+    """Groups rows by index in O(N log N), without an array of the table's length."""
+    order = jnp.argsort(indices)
+    ordered = indices[order]
+    first = jnp.concatenate([jnp.ones(min(1, ordered.size), bool), ordered[1:] != ordered[:-1]])
+    group = jnp.cumsum(first, dtype=jnp.int32) - 1
+    of_row = jnp.zeros_like(group).at[order].set(group, unique_indices=True)
+    return Groups(
+        indices=jnp.full_like(indices, MISTAKE).at[group].set(ordered),
+        group=of_row,
+        size=jnp.zeros_like(group).at[of_row].add(1),
+    )

@@ -1,0 +1,130 @@
+"""How tight classes are and how far apart: counts, means and scatter of features by class."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from centerloss_jax._lookup import check_features, rows_of, wide
+from centerloss_jax._mesh import check_axis_name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassStatistics:
+    r"""Counts, means and squared deviations of features by class. A pytree; parts of a data set are joined by `merge`.
+
+    Attributes:
+      count: int32 `[C]`, examples of each class, n_j.
+      mean: `[C, D]`, class means :math:`\mu_j`; 0 for a class without examples.
+      squared_deviation: `[C]`, :math:`\sum_{i: y_i = j} |x_i - \mu_j|^2`.
+    """
+
+    count: Array
+    mean: Array
+    squared_deviation: Array
+
+    @property
+    def intra(self) -> Array:
+        r"""Within-class variance :math:`\frac{1}{N} \sum_i |x_i - \mu_{y_i}|^2`, a scalar; NaN where N = 0."""
+        return self.squared_deviation.sum() / self.count.sum()
+
+    @property
+    def inter(self) -> Array:
+        r"""Between-class variance :math:`\frac{1}{N} \sum_j n_j |\mu_j - \mu|^2`, a scalar; NaN where N = 0."""
+        share = (self.count / self.count.sum()).astype(self.mean.dtype)[:, None]
+        # Around a first estimate: the mean of means of norm 1e4 is itself rounded.
+        origin = jnp.sum(share * self.mean, axis=0)
+        offset = self.mean - origin
+        return jnp.sum(share * jnp.square(offset - jnp.sum(share * offset, axis=0)))
+
+    @property
+    def ratio(self) -> Array:
+        """`intra / inter`, a scalar without unit: the smaller, the better the classes are separated. NaN for 0 / 0."""
+        return self.intra / self.inter
+
+    def merge(self, other: 'ClassStatistics') -> 'ClassStatistics':
+        """The statistics of both sets of examples together, by the parallel form of Welford's algorithm.
+
+        References:
+          Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+        """
+        count = self.count + other.count
+        share = (other.count / jnp.maximum(count, 1)).astype(self.mean.dtype)
+        gap = other.mean - self.mean
+        between = self.count.astype(self.mean.dtype) * share * jnp.sum(jnp.square(gap), axis=-1)
+        return ClassStatistics(
+            count=count,
+            mean=jnp.where((self.count == 0)[:, None], other.mean, self.mean + share[:, None] * gap),
+            squared_deviation=self.squared_deviation + other.squared_deviation + between,
+        )
+
+
+def class_statistics(
+    x: ArrayLike,
+    labels: ArrayLike | Sequence,
+    num_classes: int,
+    *,
+    where: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> ClassStatistics:
+    r"""Counts, means and scatter of features by class, and from them the intra-class to inter-class variance ratio.
+
+    .. math:: \text{intra} = \frac{1}{N} \sum_i |x_i - \mu_{y_i}|^2, \qquad
+              \text{inter} = \frac{1}{N} \sum_j n_j |\mu_j - \mu|^2
+
+    The absolute center loss grows with the features; this ratio does not. The class means are also good centers to
+    start from under a pretrained network.
+
+    Args:
+      x: features `[..., D]`, floating point; narrow dtypes are computed in float32.
+      labels: classes `[...]`, integers. Negative ones are left out, whatever the example holds. A label of
+        num_classes or more is an error where labels are concrete, and left out inside `jax.jit`.
+      num_classes: number of classes C.
+      where: bool, labels.shape; False leaves an example out.
+      axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`; every device then has the
+        statistics of all examples. This moves O(C D).
+
+    Returns:
+      ClassStatistics with `count`, `mean`, `squared_deviation`, and the properties `intra`, `inter` and `ratio`.
+
+    Raises:
+      TypeError: if x is not floating point, labels not integers or where not boolean.
+      ValueError: if shapes do not fit, or a concrete label is num_classes or more.
+      NameError: if axis_name is not an axis that surrounds the call.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[0.0], [2.0], [9.0], [11.0]])
+      >>> statistics = clj.class_statistics(x, jnp.array([0, 0, 1, 1]), num_classes=2)
+      >>> statistics.mean.tolist(), statistics.intra.item(), statistics.inter.item()
+      ([[1.0], [10.0]], 1.0, 20.25)
+
+    References:
+      Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936, for the ratio.
+    """
+    if num_classes < 1:
+        raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+    x = check_features(x)
+    rows = rows_of(labels, where, num_classes, x.shape[:-1])
+    if axis_name is not None:
+        check_axis_name(axis_name)
+    valid = jnp.asarray(rows.valid).reshape(-1)
+    indices = jnp.where(valid, jnp.asarray(rows.indices).reshape(-1), 0)
+    x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(wide(x.dtype)), 0)
+
+    def by_class(values: Array) -> Array:
+        mask = valid.reshape(-1, *[1] * (values.ndim - 1))
+        sums = jax.ops.segment_sum(jnp.where(mask, values, 0), indices, num_classes)
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    count = by_class(jnp.ones_like(indices))
+    divisor = jnp.maximum(count, 1).astype(x.dtype)[:, None]
+    mean = by_class(x) / divisor
+    # A sum of features of norm 1e4 is rounded; the mean of what is left over corrects it.
+    mean = mean + by_class(x - mean[indices]) / divisor
+    return ClassStatistics(count, mean, by_class(jnp.sum(jnp.square(x - mean[indices]), axis=-1)))

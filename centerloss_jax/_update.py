@@ -1,0 +1,113 @@
+"""Eq. 4 of the paper as an optax transform: how centers move."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from centerloss_jax._lookup import MISTAKE
+from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
+from centerloss_jax._rows import RowUpdates, checked, group_rows
+
+
+class CenterUpdateState(NamedTuple):
+    """The state of `center_update`. Nothing in it grows with the number of classes."""
+
+    count: Array  # int32 [], steps taken
+    left_out: Array  # int32 [], rows dropped since the start: not finite, summed, or of a label beyond the table
+    step_norm: Array  # float32 [], Euclidean norm of the last move of all centers together
+
+
+def center_update(
+    alpha: float | Array | Callable[[Array], Array] = 0.5,
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+    mesh: Mesh | None = None,
+) -> optax.GradientTransformation:
+    r"""Moves each center towards the mean of its own examples in the batch.
+
+    .. math:: c_j \leftarrow c_j - \alpha \frac{\sum_{i: y_i = j} (c_j - x_i)}{1 + n_j}
+
+    where n_j is the number of examples of class j in the batch. The step depends on no learning rate and on no loss
+    weight. The factor that is left of the gap, :math:`1 - \alpha n / (1 + n)`, lies in (0, 1] for every n: no batch
+    makes a center overshoot. A row that holds a NaN or an Inf is dropped as if its example were absent.
+
+    Args:
+      alpha: step in [0, 1], or an optax schedule: a function of the number of steps taken.
+      axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`. The rows of all devices are
+        gathered and n_j counts the global batch, so that every replica makes the move of one device with the whole
+        batch. Without it replicas drift apart.
+      mesh: under `jax.jit` over a mesh of Auto axes, the mesh, unless `jax.set_mesh` has set it. The rows are then
+        replicated before they are scattered, which keeps the table from travelling. Explicit axes need neither.
+
+    Returns:
+      An `optax.GradientTransformation` from RowUpdates `[N, D]` to RowUpdates: one row a class that moves, padded to N
+      (under axis_name, to the N of all devices). Its state is `CenterUpdateState(count, left_out, step_norm)`.
+
+    Raises:
+      ValueError: if alpha is a number outside [0, 1].
+      TypeError: from `update`, if it is given anything but RowUpdates, or rows that were averaged or scaled.
+      NameError: from `update`, if axis_name is not an axis that surrounds the call.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp, optax
+      >>> centers = jnp.zeros((3, 2))
+      >>> tx = clj.center_update(alpha=1.0)
+      >>> state = tx.init(centers)
+      >>> rows = clj.center_rows(jnp.array([[4.0, 2.0]]), centers, jnp.array([1]))
+      >>> updates, state = tx.update(rows, state, centers)
+      >>> optax.apply_updates(centers, updates).tolist()
+      [[0.0, 0.0], [2.0, 1.0], [0.0, 0.0]]
+
+    References:
+      Wen et al., ECCV 2016, Eq. 4.
+    """
+    if isinstance(alpha, (int, float, np.number)) and not 0 <= alpha <= 1:
+        raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
+
+    def init(params: optax.Params) -> CenterUpdateState:
+        del params
+        return CenterUpdateState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
+
+    def update(updates, state, params=None):
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, RowUpdates))
+        for leaf in leaves or [None]:
+            if not isinstance(leaf, RowUpdates):
+                got = 'nothing' if leaf is None else f'{type(leaf).__name__} {list(jnp.shape(leaf))}'
+                raise TypeError(
+                    'center_update takes RowUpdates in the place of a gradient for the centers: pass the rows that '
+                    f'center_loss_and_rows, center_rows or CenterLoss return, got {got}'
+                )
+        if axis_name is not None:
+            check_axis_name(axis_name)
+        rate = alpha(state.count) if callable(alpha) else alpha
+        tables = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
+        moves = [_move(rows, table, rate, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]
+        rows, left_out, squares = zip(*moves, strict=True)
+        return treedef.unflatten(rows), CenterUpdateState(
+            count=optax.safe_increment(state.count),
+            left_out=state.left_out + sum(left_out),
+            step_norm=jnp.sqrt(sum(squares)).astype(jnp.float32),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _move(rows, table, rate, axis_name, mesh) -> tuple[RowUpdates, Array, Array]:
+    indices, values = checked(rows, table)
+    if axis_name is not None:
+        indices, values = gather_devices(indices, axis_name), gather_devices(values, axis_name)
+    indices, values = replicate((indices, values), mesh)
+    usable = (indices >= 0) & (indices < MISTAKE) & jnp.isfinite(values).all(axis=-1)
+    left_out = jnp.sum((indices >= 0) & ~usable, dtype=jnp.int32)
+    groups = group_rows(jnp.where(usable, indices, MISTAKE))
+    # Scaled before they are summed, so that many large rows of one class stay finite.
+    scale = (-rate / (1 + groups.size.astype(values.dtype)))[groups.group]
+    total = groups.sum(jnp.where(usable[:, None], scale[:, None] * values, 0))
+    return RowUpdates(groups.indices, total), left_out, jnp.sum(jnp.square(total))

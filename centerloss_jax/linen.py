@@ -1,0 +1,66 @@
+"""CenterLoss as a Linen module, with its centers in a variable collection of their own."""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from centerloss_jax._loss import AxisName, ReduceFn, center_loss_and_rows
+from centerloss_jax._rows import RowUpdates
+
+
+class CenterLoss(nn.Module):
+    """The center loss with its table of centers, for Flax Linen.
+
+    The table is the variable 'centers' of the collection 'centers'. The module computes; it does not move the centers,
+    so the collection need not be mutable. Its rows go to the optimizer in the place of a gradient, as
+    `grads={'params': grads, 'centers': {'center': {'centers': rows}}}` for a module of the name 'center'. At inference
+    do not call it: no centers are needed then.
+
+    Attributes:
+      num_classes: number of classes C of the data, not of a batch.
+      centers_init: initializer `(key, [C, D], dtype) -> centers`; zeros by default. To start from class means pass
+        `lambda key, shape, dtype: class_statistics(...).mean.astype(dtype)`.
+      dtype: of the table, float32 by default. The loss is computed in float32 at least.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax, jax.numpy as jnp
+      >>> center = clj.linen.CenterLoss(num_classes=3)
+      >>> x, labels = jnp.array([[3.0, 4.0]]), jnp.array([1])
+      >>> variables = center.init(jax.random.key(0), x, labels)
+      >>> variables['centers']['centers'].shape
+      (3, 2)
+      >>> loss, rows = center.apply(variables, x, labels)
+      >>> loss.item(), rows.values.tolist()
+      (25.0, [[-3.0, -4.0]])
+
+    References:
+      Wen et al., ECCV 2016.
+    """
+
+    num_classes: int
+    centers_init: Callable[..., Array] = nn.initializers.zeros_init()
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        labels: ArrayLike | Sequence,
+        *,
+        where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        reduce_fn: ReduceFn | None = jnp.mean,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Array, RowUpdates]:
+        """`center_loss_and_rows` with the module's centers `[C, D]`; D is taken from x at initialization."""
+        centers = self.variable('centers', 'centers', self._init_centers, jnp.shape(x)[-1])
+        return center_loss_and_rows(
+            x, centers.value, labels, where=where, weights=weights, reduce_fn=reduce_fn, axis_name=axis_name
+        )
+
+    def _init_centers(self, num_features: int) -> Array:
+        return self.centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)
