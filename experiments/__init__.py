@@ -1,0 +1,1 @@
+"""What a reader runs from a checkout: training, figures and the numbers that README shows."""

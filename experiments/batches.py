@@ -1,0 +1,49 @@
+"""Batches of a split, shuffled and prefetched by Grain; their position is one number of the run's state.
+
+Grain shuffles indices, and a split is asked for a batch at a time, so that no image costs a call of its own.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from experiments.splits import LazySplit, Split
+
+Batch = tuple[np.ndarray, np.ndarray]  # images [B, H, W, K] uint8, labels [B] int32
+
+# Enough to hide decoding behind a step, and few enough that large images do not fill the memory.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+def train_batches(
+    split: Split | LazySplit, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Batches without end, in another order each epoch; `get_state` and `set_state` continue exactly.
+
+    An epoch has ceil(N / batch_size) batches. The last one is filled up with zeros and the label -1, so that
+    shapes never change. `batch_size` is that of all processes together: each one gets its share of the same
+    batches, `batch_size / process_count` examples, so that their number does not change what a run sees.
+    """
+    if batch_size % process_count:
+        raise ValueError(f'batch_size must be a multiple of the {process_count} processes, got {batch_size}')
+    size = batch_size // process_count
+    own = slice(process_index * size, (process_index + 1) * size)
+    order = grain.MapDataset.range(len(split)).seed(seed).shuffle().batch(batch_size, batch_fn=np.asarray)
+    batches = order.map(lambda indices: _take(split, indices[own], size)).repeat()
+    return iter(batches.to_iter_dataset(READ_OPTIONS))
+
+
+def eval_batches(split: Split | LazySplit, batch_size: int) -> Iterator[Batch]:
+    """All examples once and in order, the last batch filled up as in training."""
+    order = grain.MapDataset.range(len(split)).batch(batch_size, batch_fn=np.asarray)
+    return iter(order.map(lambda indices: _take(split, indices, batch_size)).to_iter_dataset(READ_OPTIONS))
+
+
+def _take(split: Split | LazySplit, indices: np.ndarray, size: int) -> Batch:
+    images, labels = split.take(indices)
+    missing = size - len(labels)
+    if missing:
+        images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+        labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])
+    return images, labels

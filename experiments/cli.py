@@ -1,0 +1,32 @@
+"""The command line of an experiment: a frozen dataclass is its flags, its defaults and its help."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import simple_parsing
+
+from experiments.data import DataError
+from experiments.runs import RunError
+
+Config = TypeVar('Config')
+
+
+class _Parser(simple_parsing.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {message}\n')
+
+
+def main(config_class: type[Config], experiment: Callable[[Config], None], prog: str) -> NoReturn:
+    """Parses the flags and runs the experiment. What a user can put right ends in a line and exit code 2."""
+    parser = _Parser(
+        prog=f'python -m {prog}',
+        description=sys.modules[config_class.__module__].__doc__,
+        add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
+    )
+    parser.add_arguments(config_class, 'config')
+    try:
+        experiment(parser.parse_args().config)
+    except (DataError, RunError, ValueError) as error:
+        parser.error(str(error))
+    sys.exit(0)

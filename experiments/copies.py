@@ -1,0 +1,67 @@
+"""Prepared copies of datasets: where they are on disk, and whether they can be read.
+
+A copy is looked for by its folder alone, so that no other version of its code keeps anyone from reading.
+"""
+
+import contextlib
+import fcntl
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import dataset_builder
+
+
+class DataError(Exception):
+    """What is wrong with the data and what to do, in one to ten lines for whoever started the run."""
+
+
+@contextlib.contextmanager
+def lock(data_dir: Path) -> Iterator[None]:
+    """Lets one process prepare; the others of the same run wait, and then find the copy there."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / '.lock').open('w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _versions(folder: Path, pattern: str = '') -> list[Path]:
+    """Complete copies in a folder, the newest last: TFDS gives a copy this name when it is complete."""
+    found = [info.parent for info in folder.glob('*/dataset_info.json')]
+    found = [
+        path for path in found if re.fullmatch(r'\d+\.\d+\.\d+', path.name) and path.match(pattern or '*')
+    ]
+    return sorted(found, key=lambda path: [int(number) for number in path.name.split('.')])
+
+
+def find(name: str, data_dir: Path) -> tfds.core.DatasetBuilder | None:
+    """The newest copy of `set`, `set/config` or `set/config:version`, or None."""
+    path, _, version = name.partition(':')
+    folder = data_dir / path
+    versions = _versions(folder, version)
+    if not versions and '/' not in path and folder.is_dir():
+        configs = sorted(config.name for config in folder.iterdir() if _versions(config, version))
+        default = dataset_builder.load_default_config_name(epath.Path(folder))
+        if default is None and configs:
+            choice = ', '.join(f'{name}/{config}' for config in configs)
+            raise DataError(f'{folder} holds several configurations of {name}; name one: {choice}')
+        versions = _versions(folder / default, version) if default else []
+    return read(versions[-1]) if versions else None
+
+
+def read(folder: Path) -> tfds.core.DatasetBuilder:
+    """The copy in this folder, which must be ArrayRecord: the format with random access."""
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever a damaged copy makes TFDS raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f'{folder} is not a dataset that TFDS can read: {reason}') from error
+    formats = [file_format.value for file_format in builder.info.available_file_formats()]
+    if 'array_record' not in formats:
+        raise DataError(
+            f'{folder} is stored as {" and ".join(formats)}, but reading needs array_record: '
+            'pass another --data-dir to prepare a new copy there'
+        )
+    return builder

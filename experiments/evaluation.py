@@ -1,0 +1,66 @@
+"""What a trained state is worth on a split: its features, both accuracies, the variance ratio, and collapse."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from jax import Array
+
+import centerloss_jax as clj
+from experiments.batches import eval_batches
+from experiments.devices import Devices
+from experiments.splits import LazySplit, Split
+
+BATCH_SIZE = 512
+
+# Features have collapsed where they tell next to nothing of the class: the softmax loss stays at ln C.
+COLLAPSED = 0.98
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One split under one state: N examples, D feature dimensions."""
+
+    features: np.ndarray  # [N, D]
+    labels: np.ndarray  # [N]
+    accuracy: float  # of the classifier, in [0, 1]
+    nearest_center_accuracy: float  # in [0, 1]
+    softmax_loss: float  # mean cross-entropy
+    intra_inter_ratio: float  # NaN where all features coincide
+
+    def collapsed(self, num_classes: int) -> bool:
+        return not self.softmax_loss < COLLAPSED * math.log(num_classes)
+
+
+def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> Evaluation:
+    """Evaluates one copy of a state over a whole split."""
+    parts, labels = [], []
+    for images, own in eval_batches(split, devices.rounded_up(BATCH_SIZE)):
+        labels.append(own)
+        parts.append(_predict(state.params['params'], devices.place_images(images), state.apply_fn))
+    # The last batch is filled up.
+    features, logits = (np.concatenate(part)[: len(split)] for part in zip(*jax.device_get(parts), strict=True))
+    labels = np.concatenate(labels)[: len(split)]
+    centers = jax.device_get(state.params['centers']['center']['centers'])
+    measures = jax.device_get(_measure(features, logits, labels, centers))
+    return Evaluation(features, labels, **{name: float(value) for name, value in measures.items()})
+
+
+@jax.jit(static_argnames='apply_fn')
+def _predict(params, images: Array, apply_fn) -> tuple[Array, Array]:
+    return apply_fn({'params': params}, images)
+
+
+@jax.jit
+def _measure(features: Array, logits: Array, labels: Array, centers: Array) -> dict[str, Array]:
+    nearest, _ = clj.nearest_center(features, centers)
+    return {
+        'accuracy': (logits.argmax(-1) == labels).mean(),
+        'nearest_center_accuracy': (nearest == labels).mean(),
+        'softmax_loss': optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
+        'intra_inter_ratio': clj.class_statistics(features, labels, len(centers)).ratio,
+    }

@@ -1,0 +1,39 @@
+"""A bar an arm: loss, accuracy, step rate and the time left while a run trains."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from experiments.training import Metrics
+
+
+class Progress:
+    """A rich progress bar for one arm after the other. Use it in a `with` statement."""
+
+    def __init__(self, console: Console):
+        self._bars = RichProgress(
+            TextColumn('{task.description:>8}'),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn('{task.fields[numbers]}'),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=console,
+        )
+
+    def __enter__(self) -> 'Progress':
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bars.stop()
+
+    def start(self, arm: str, steps: int) -> None:
+        self._task = self._bars.add_task(arm, total=steps, numbers='')
+
+    def report(self, before: int, done: int, metrics: Metrics, steps_per_second: float) -> None:
+        """Shows that `done` steps of an epoch are done, and `before` it began that many."""
+        numbers = (
+            f'softmax {metrics.softmax_loss:.3f}  center {metrics.center_loss:.3f}  '
+            f'accuracy {metrics.train_accuracy:.1%}  {steps_per_second:.0f} steps/s'
+        )
+        self._bars.update(self._task, completed=before + done, numbers=numbers)

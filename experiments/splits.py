@@ -1,0 +1,75 @@
+"""A split of a prepared dataset as pixels: in memory where it fits, decoded as it is taken where it does not.
+
+TFDS hands over encoded images. Decoded here, they have the size and channels that the set promises, even if
+some of its files are grey, CMYK or have a palette.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# A split that takes more than this when decoded, in bytes, stays encoded.
+MEMORY_LIMIT = 2 * 2**30
+
+# Pillow's name for so many channels.
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Examples in memory."""
+
+    images: np.ndarray  # [N, H, W, K] uint8
+    labels: np.ndarray  # [N] int32; -1 is no label
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images `[n, H, W, K]` and labels `[n]` of these examples."""
+        return self.images[indices], self.labels[indices]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.images.shape[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazySplit:
+    """Examples that are read and decoded each time they are taken."""
+
+    source: Any  # a TFDS data source of encoded images
+    rows: Sequence[int]  # those of its examples that belong to the split
+    keys: tuple[str, str]  # what an example calls its image and its label
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Images `[n, H, W, K]` and labels `[n]` of these examples."""
+        examples = self.source.__getitems__([int(self.rows[index]) for index in indices])
+        images = np.empty((len(examples), *self.image_shape), np.uint8)
+        labels = np.empty(len(examples), np.int32)
+        image_key, label_key = self.keys
+        for place, example in enumerate(examples):
+            images[place] = _decode(example[image_key], self.image_shape)
+            labels[place] = example[label_key]
+        return images, labels
+
+    def in_memory_if_small(self) -> 'Split | LazySplit':
+        large = len(self) * int(np.prod(self.image_shape)) > MEMORY_LIMIT
+        return self if large else Split(*self.take(range(len(self))))
+
+
+def _decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
+    height, width, channels = image_shape
+    with Image.open(io.BytesIO(encoded)) as file:
+        image = file.convert(MODES[channels])
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(image_shape)
