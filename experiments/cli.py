@@ -1,7 +1,7 @@
 """The command line of an experiment: a frozen dataclass is its flags, its defaults and its help."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 import simple_parsing
@@ -17,7 +17,9 @@ class _Parser(simple_parsing.ArgumentParser):
         self.exit(2, f'{self.prog}: {message}\n')
 
 
-def main(config_class: type[Config], experiment: Callable[[Config], None], prog: str) -> NoReturn:
+def main(
+    config_class: type[Config], experiment: Callable[[Config], None], prog: str, argv: Sequence[str] | None = None
+) -> NoReturn:
     """Parses the flags and runs the experiment. What a user can put right ends in a line and exit code 2."""
     parser = _Parser(
         prog=f'python -m {prog}',
@@ -26,7 +28,7 @@ def main(config_class: type[Config], experiment: Callable[[Config], None], prog:
     )
     parser.add_arguments(config_class, 'config')
     try:
-        experiment(parser.parse_args().config)
+        experiment(parser.parse_args(argv).config)
     except (DataError, RunError, ValueError) as error:
         parser.error(str(error))
     sys.exit(0)

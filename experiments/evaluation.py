@@ -17,8 +17,8 @@ from experiments.splits import LazySplit, Split
 
 BATCH_SIZE = 512
 
-# Features have collapsed where they tell next to nothing of the class: the softmax loss stays at ln C.
-COLLAPSED = 0.98
+# The softmax loss of features that tell nothing of the class, as a share of ln C, and their intra/inter ratio.
+COLLAPSED_LOSS, COLLAPSED_RATIO = 0.98, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Evaluation:
     intra_inter_ratio: float  # NaN where all features coincide
 
     def collapsed(self, num_classes: int) -> bool:
-        return not self.softmax_loss < COLLAPSED * math.log(num_classes)
+        """Whether the features tell nothing of the class. Where all coincide the ratio is not a number."""
+        at_chance = not self.softmax_loss < COLLAPSED_LOSS * math.log(num_classes)
+        return at_chance and not self.intra_inter_ratio < COLLAPSED_RATIO
 
 
 def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> Evaluation:

@@ -4,8 +4,6 @@ The classifier has no bias and the features no activation behind them. So classe
 softmax, which is what makes the star of the paper's Fig. 2.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -13,30 +11,23 @@ from jax import Array
 import centerloss_jax as clj
 
 
-class Small(nn.Module):
-    """Two convolutions and a hidden layer: small enough for a CPU, on which XLA's convolutions are slow."""
+class Stages(nn.Module):
+    """Stages of two convolutions, each with a PReLU, and max pooling: the paper's shape."""
+
+    channels: tuple[int, ...]
+    width: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        for channels in (16, 32):
-            x = nn.relu(nn.Conv(channels, (3, 3))(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))
-        return nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
-
-
-class LeNetPlusPlus(nn.Module):
-    """The paper's LeNets++ (its Table 1): three stages of two 5 x 5 convolutions, PReLU, and max pooling."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for channels in (32, 64, 128):
+        for channels in self.channels:
             for _ in range(2):
-                x = nn.PReLU(negative_slope_init=0.25)(nn.Conv(channels, (5, 5))(x))
+                x = nn.PReLU(negative_slope_init=0.25)(nn.Conv(channels, (self.width, self.width))(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
         return x.reshape(x.shape[0], -1)
 
 
-TRUNKS: dict[str, Callable[[], nn.Module]] = {'small': Small, 'lenets++': LeNetPlusPlus}
+# LeNets++ is that of the paper's Table 1. On CPUs, where XLA's convolutions are slow, a smaller one must do.
+TRUNKS = {'small': ((32, 64), 3), 'lenets++': ((32, 64, 128), 5)}
 
 
 class Classifier(nn.Module):
@@ -50,7 +41,7 @@ class Classifier(nn.Module):
     def __call__(self, images: Array, labels: Array | None = None, axis_name: str | None = None):
         """images `[B, H, W, K]` uint8, labels `[B]`: (features, logits), and with labels (.., center loss, rows)."""
         x = images.astype(jnp.float32) / 127.5 - 1
-        features = nn.Dense(self.feature_dim, name='features')(TRUNKS[self.trunk]()(x))
+        features = nn.Dense(self.feature_dim, name='features')(Stages(*TRUNKS[self.trunk])(x))
         logits = nn.Dense(self.num_classes, use_bias=False, name='logits')(features)
         if labels is None:
             return features, logits

@@ -1,7 +1,7 @@
 """A bar an arm: loss, accuracy, step rate and the time left while a run trains."""
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from experiments.training import Metrics
@@ -13,8 +13,8 @@ class Progress:
     def __init__(self, console: Console):
         self._bars = RichProgress(
             TextColumn('{task.description:>8}'),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=8),
+            TaskProgressColumn(),
             TextColumn('{task.fields[numbers]}'),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
@@ -33,7 +33,7 @@ class Progress:
     def report(self, before: int, done: int, metrics: Metrics, steps_per_second: float) -> None:
         """Shows that `done` steps of an epoch are done, and `before` it began that many."""
         numbers = (
-            f'softmax {metrics.softmax_loss:.3f}  center {metrics.center_loss:.3f}  '
-            f'accuracy {metrics.train_accuracy:.1%}  {steps_per_second:.0f} steps/s'
+            f'loss {metrics.softmax_loss:.3f}, center {metrics.center_loss:.3f}, '
+            f'accuracy {metrics.train_accuracy:.0%}, {steps_per_second:.0f} steps/s'
         )
         self._bars.update(self._task, completed=before + done, numbers=numbers)

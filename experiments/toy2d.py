@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import simple_parsing
 from flax.training.train_state import TrainState
 from rich.console import Console
 from rich.table import Column, Table
@@ -34,7 +35,7 @@ from experiments.training import create_state, train_epoch, train_step
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',
-    'nearest_center_accuracy': 'nearest-center accuracy',
+    'nearest_center_accuracy': 'nearest center',
     'intra_inter_ratio': 'intra/inter ratio',
     'train_seconds': 'seconds',
 }
@@ -57,11 +58,11 @@ class Config:
     """network: a small CNN, or the paper's LeNets++, which is slow on a CPU"""
     feature_dim: int = 2
     """number of feature dimensions; other than 2 they are drawn by a PCA"""
-    epochs: int = 40
+    epochs: int = 30
     """passes over the train set"""
-    batch_size: int = 64
+    batch_size: int = 32
     """examples in a step, over all devices together"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """of Adam, for the parameters; the centers have alpha"""
     center_weight: float = 0.1
     """weight lambda of the center loss in the center arm, 0 or more; the softmax arm has 0"""
@@ -71,7 +72,7 @@ class Config:
     """of the initialization and of the order of the examples"""
     parallel: Literal['auto', 'pmap', 'none'] = 'auto'
     """devices: auto is all local ones by jit over a mesh, pmap all by jax.pmap, none the first alone"""
-    overwrite: bool = False
+    overwrite: bool = simple_parsing.field(default=False, action='store_true')
     """replace the run that --out holds"""
 
     def __post_init__(self):

@@ -1,0 +1,198 @@
+"""The main job, run whole: the files that it writes, its arms, its devices, and what it says to a wrong value."""
+
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cli, toy2d
+
+COLUMNS = {
+    *('epoch', 'arm', 'softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy'),
+    *('nearest_center_accuracy', 'intra_inter_ratio', 'center_step_norm', 'rows_left_out'),
+}
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('data')
+
+
+def run(*flags: object) -> int:
+    """Runs the command as a user does, and returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(toy2d.Config, toy2d.main, 'experiments.toy2d', [str(flag) for flag in flags])
+    code = end.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def refuse(constant: str):
+    raise AssertionError(f'{constant} is not JSON')
+
+
+def strict(path: Path) -> dict:
+    return json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / 'metrics.csv').open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def short(tmp_path: Path, data_dir: Path, **changes) -> Path:
+    """A run of one epoch, for its numbers."""
+    out = tmp_path / '-'.join(map(str, changes.values()))
+    config = dataclasses.replace(toy2d.Config(), out=out, data_dir=data_dir, epochs=1, batch_size=125)
+    toy2d.main(dataclasses.replace(config, **changes))
+    return out
+
+
+def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_dir, capsys):
+    out = tmp_path / 'a folder' / 'run'
+    assert run('--epochs', 2, '--parallel', 'none', '--out', out, '--data-dir', data_dir) == 0
+
+    printed = capsys.readouterr().out
+    first = printed.splitlines()[0]
+    assert all(name in first for name in ('1 x cpu', 'jax', 'flax', 'optax'))
+    assert 'steps/s' in printed
+    assert 'intra/inter ratio' in printed
+
+    config = strict(out / 'config.json')
+    assert config['epochs'] == 2
+    assert config['devices'] == '1 x cpu'
+    assert set(config['versions']) == {'python', 'centerloss_jax', 'jax', 'flax', 'optax'}
+
+    metrics = rows(out)
+    assert set(metrics[0]) >= COLUMNS
+    assert [(row['arm'], row['epoch']) for row in metrics] == [
+        (arm, epoch) for arm in ('softmax', 'center') for epoch in ('1', '2')
+    ]
+    assert all(float(row['center_step_norm']) > 0 for row in metrics)
+    assert all(float(row['rows_left_out']) == 0 for row in metrics)
+
+    summary = strict(out / 'summary.json')
+    for arm, last in zip(('softmax', 'center'), metrics[1::2], strict=True):
+        for key in ('test_accuracy', 'nearest_center_accuracy', 'intra_inter_ratio'):
+            assert summary[arm][key] == float(last[key])
+    with Image.open(out / 'features.gif') as film:
+        assert getattr(film, 'n_frames', 1) == 2
+    with Image.open(out / 'features.png') as picture:
+        assert picture.width > 800
+    page = (out / 'report.html').read_text(encoding='utf-8')
+    assert 'python -m experiments.toy2d --data-dir' in page
+
+
+def test_tensorflow_is_not_imported():
+    assert 'tensorflow' not in sys.modules
+
+
+def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_path, data_dir, capsys):
+    out = tmp_path / 'run'
+    out.mkdir()
+    (out / 'notes.txt').write_text('mine')
+    (out / 'config.json').write_text('{}')
+    flags = ('--epochs', 1, '--batch-size', 500, '--parallel', 'none', '--out', out, '--data-dir', data_dir)
+    assert run(*flags) == 2
+    assert (out / 'config.json').read_text() == '{}'
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert '--overwrite' in error
+
+    assert run(*flags, '--overwrite') == 0
+    assert strict(out / 'config.json')['epochs'] == 1
+    assert (out / 'notes.txt').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+    ('flag', 'value'),
+    [
+        ('--alpha', '1.5'),
+        ('--alpha', 'nan'),
+        ('--center-weight', '-1'),
+        ('--center-weight', 'inf'),
+        ('--epochs', '0'),
+        ('--epochs', 'two'),
+        ('--batch-size', '0'),
+        ('--feature-dim', '0'),
+        ('--learning-rate', '0'),
+        ('--learning-rate', 'nan'),
+        ('--seed', '-1'),
+        ('--model', 'resnet'),
+        ('--parallel', 'all'),
+        ('--dataset', 'no such set'),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, data_dir, capsys, flag, value):
+    assert run('--out', tmp_path / 'run', '--data-dir', data_dir, flag, value) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert flag in error or value in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_help_explains_every_flag_with_its_default(capsys):
+    assert run('--help') == 0
+    text = ' '.join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(toy2d.Config):
+        assert f'--{field.name.replace("_", "-")}' in text
+    assert text.count('(default:') == len(dataclasses.fields(toy2d.Config))
+
+
+def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
+    out = short(tmp_path, data_dir, center_weight=0.0)
+    softmax, center = rows(out)
+    timed = {'arm', 'epoch_seconds', 'steps_per_second'}
+    assert {k: v for k, v in softmax.items() if k not in timed} == {
+        k: v for k, v in center.items() if k not in timed
+    }
+    assert float(center['center_step_norm']) > 0
+
+
+def test_all_ways_to_use_the_devices_give_the_same_metrics(tmp_path, data_dir):
+    # 125 examples a batch on 8 devices: neither a whole batch nor the short last one can be divided.
+    runs = [rows(short(tmp_path, data_dir, parallel=parallel)) for parallel in ('none', 'auto', 'pmap')]
+    for name in COLUMNS - {'arm'}:
+        values = [[float(row[name]) for row in run] for run in runs]
+        np.testing.assert_allclose(values[1], values[0], rtol=1e-4, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(values[2], values[0], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_collapsed_features_are_said_to_have_collapsed(tmp_path, data_dir, capsys):
+    out = short(tmp_path, data_dir, center_weight=1000.0, epochs=3, parallel='none')
+    summary = strict(out / 'summary.json')
+    assert summary['center']['collapsed']
+    assert not summary['softmax']['collapsed']
+    np.testing.assert_allclose(float(rows(out)[-1]['softmax_loss']), np.log(10), rtol=0.01)
+    assert 'collapsed' in capsys.readouterr().out
+    assert (out / 'features.png').exists()
+
+
+@pytest.mark.parametrize('feature_dim', [1, 5])
+def test_any_feature_dimension_is_trained_and_drawn(tmp_path, data_dir, feature_dim):
+    out = short(tmp_path, data_dir, feature_dim=feature_dim, parallel='none')
+    assert (out / 'features.png').exists()
+    assert strict(out / 'config.json')['feature_dim'] == feature_dim
+
+
+@pytest.mark.slow
+def test_the_defaults_reach_what_readme_says_on_the_digits(tmp_path, data_dir):
+    results = []
+    for seed in range(3):
+        out = tmp_path / str(seed)
+        config = dataclasses.replace(
+            toy2d.Config(), out=out, data_dir=data_dir, seed=seed, parallel='none'
+        )
+        toy2d.main(config)
+        results.append(strict(out / 'summary.json'))
+    mean = {
+        arm: {key: np.mean([r[arm][key] for r in results]) for key in ('test_accuracy', 'intra_inter_ratio')}
+        for arm in ('softmax', 'center')
+    }
+    assert mean['center']['test_accuracy'] >= 0.96
+    assert mean['center']['intra_inter_ratio'] <= 0.6 * mean['softmax']['intra_inter_ratio']

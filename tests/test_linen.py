@@ -1,0 +1,192 @@
+"""linen.CenterLoss in a model and its stock TrainState."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import linen as nn
+from steps import center_state, linen_state, linen_step, linen_table, make_batch
+
+import centerloss_jax as clj
+
+both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
+
+
+def inference(state, images):
+    """Neither labels nor centers are at hand."""
+    return state.apply_fn({'params': state.params['params'], 'batch_stats': state.batch_stats}, images)
+
+
+class TestModule:
+    x, labels = np.array([[1, 2], [3, 4], [0, 1], [2, 2]], np.float32), np.array([0, 2, 1, 0])
+
+    def test_is_center_loss_and_rows_of_its_own_table(self, worked_example):
+        center = clj.linen.CenterLoss(3, centers_init=lambda key, shape, dtype: worked_example.centers)
+        (loss, rows), variables = center.init_with_output(jax.random.key(0), self.x, self.labels)
+        assert loss == 4.75
+        assert jax.tree.map(jnp.shape, variables) == {'centers': {'centers': (3, 2)}}
+        expected = clj.center_rows(self.x, worked_example.centers, self.labels)
+        chex.assert_trees_all_equal(rows, expected)
+
+    def test_passes_every_option_on(self):
+        center, labels = clj.linen.CenterLoss(3), np.array([0, 2, 1, -1])
+        options = {
+            'where': np.array([True, False, True, True]),
+            'weights': np.arange(4.0),
+            'reduce_fn': jnp.sum,
+        }
+        variables = center.init(jax.random.key(0), self.x, labels)
+        got = center.apply(variables, self.x, labels, **options)
+        expected = clj.center_loss_and_rows(self.x, np.zeros((3, 2), np.float32), labels, **options)
+        chex.assert_trees_all_equal(got, expected)
+
+    def test_takes_the_axis_name_that_the_function_takes(self):
+        center = clj.linen.CenterLoss(3)
+        variables = center.init(jax.random.key(0), self.x, self.labels)
+        with pytest.raises(NameError, match=r"axis_name='btach'"):
+            center.apply(variables, self.x, self.labels, axis_name='btach')
+
+    def test_centers_start_at_zero_in_float32(self):
+        variables = clj.linen.CenterLoss(7).init(jax.random.key(0), self.x, self.labels)
+        np.testing.assert_array_equal(variables['centers']['centers'], np.zeros((7, 2)))
+        chex.assert_type(variables['centers']['centers'], jnp.float32)
+
+    @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+    def test_initializer_and_dtype(self, dtype):
+        center = clj.linen.CenterLoss(500, centers_init=nn.initializers.normal(2.0), dtype=dtype)
+        variables = center.init(jax.random.key(0), self.x, self.labels)
+        table = variables['centers']['centers']
+        chex.assert_shape(table, (500, 2))
+        chex.assert_type(table, dtype)
+        np.testing.assert_allclose(jnp.std(table.astype(jnp.float32)), 2.0, rtol=0.1)
+        loss, _ = center.apply(variables, self.x.astype(jnp.bfloat16), self.labels)
+        chex.assert_type(loss, jnp.float32)
+        other = center.init(jax.random.key(1), self.x, self.labels)['centers']['centers']
+        assert np.any(np.asarray(table) != np.asarray(other))
+
+    def test_the_table_may_start_from_class_means(self):
+        rng = np.random.default_rng(0)
+        labels = np.array([0, 0, 0, 1, 1, 2])
+        x = rng.normal(size=(6, 16))
+        x = (20 * x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+        zeros = clj.linen.CenterLoss(3)
+        loss, _ = zeros.apply(zeros.init(jax.random.key(0), x, labels), x, labels)
+        np.testing.assert_allclose(loss, 400, rtol=1e-5)
+
+        within = oracle.class_statistics(x, labels, 3).intra
+        means = clj.class_statistics(x, labels, 3).mean
+        center = clj.linen.CenterLoss(3, centers_init=lambda key, shape, dtype: means.astype(dtype))
+        by_initializer = center.init(jax.random.key(0), x, labels)
+        for variables in (by_initializer, {'centers': {'centers': means}}):
+            loss, _ = zeros.apply(variables, x, labels)
+            np.testing.assert_allclose(loss, within, rtol=1e-5)
+
+
+class TestStep:
+    @both_models
+    def test_centers_move_by_eq_4_from_where_the_loss_saw_them(self, batch_norm):
+        images, labels = make_batch(left_out=[3])
+        state = linen_state(alpha=0.5, batch_norm=batch_norm)
+        new, _ = jax.jit(linen_step)(state, images, labels)
+        features = -self.rows(state, images, labels).values  # the table is zero
+        expected = oracle.center_update(features, linen_table(state), labels, 0.5)
+        np.testing.assert_allclose(linen_table(new), expected, rtol=1e-5, atol=1e-6)
+        move = np.linalg.norm(linen_table(new) - linen_table(state))
+        np.testing.assert_allclose(center_state(new.opt_state).step_norm, move, rtol=1e-5)
+
+    @staticmethod
+    def rows(state, images, labels):
+        variables = {**state.params, 'batch_stats': state.batch_stats}
+        (*_, rows), _ = state.apply_fn(variables, images, labels, train=True, mutable=['batch_stats'])
+        return rows
+
+    @both_models
+    def test_training_needs_only_batch_stats_mutable_and_evaluation_no_centers(self, batch_norm):
+        batch, state = make_batch(), linen_state(batch_norm=batch_norm)
+        step, losses = jax.jit(linen_step, donate_argnums=0), []
+        for _ in range(30):
+            before = jax.tree.map(np.asarray, state.params | {'batch_stats': state.batch_stats})
+            inference(state, batch.images)
+            unchanged = state.params | {'batch_stats': state.batch_stats}
+            chex.assert_trees_all_equal(before, unchanged)
+            state, loss = step(state, *batch)
+            after = state.params | {'batch_stats': state.batch_stats}
+            for collection in before:
+                for old, new in zip(
+                    *map(jax.tree.leaves, (before[collection], after[collection])), strict=True
+                ):
+                    assert np.any(old != np.asarray(new)), collection
+            losses.append(float(loss))
+        assert losses[-1] < 0.7 * losses[0]
+
+    def test_one_trace_serves_every_step_and_a_short_last_batch(self):
+        step = jax.jit(chex.assert_max_traces(linen_step, n=1))
+        state = linen_state(batch_norm=True)
+        for seed, left_out in enumerate([(), (), (5, 6, 7), range(8)]):
+            before = np.asarray(linen_table(state))
+            images, labels = make_batch(seed, left_out=left_out)
+            state, loss = step(state, images, labels)
+            absent = ~np.isin(np.arange(5), labels)
+            np.testing.assert_array_equal(np.asarray(linen_table(state))[absent], before[absent])
+            assert np.isfinite(loss)
+        assert center_state(state.opt_state).left_out == 0
+        assert center_state(state.opt_state).count == 4
+        chex.clear_trace_counter()
+
+    def test_a_short_batch_filled_up_is_the_short_batch(self):
+        images, labels = make_batch(left_out=[5, 6, 7])
+        filled, loss = jax.jit(linen_step)(linen_state(), images, labels)
+        short, expected_loss = jax.jit(linen_step)(linen_state(), images[:5], labels[:5])
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+        chex.assert_trees_all_close(filled.params, short.params, rtol=1e-5, atol=1e-6)
+
+    def test_centers_do_not_depend_on_the_weight_of_the_loss(self):
+        batch = make_batch()
+        weak, strong = (
+            jax.jit(partial(linen_step, center_weight=weight))(linen_state(), *batch)[0]
+            for weight in (1e-4, 10.0)
+        )
+        np.testing.assert_array_equal(linen_table(weak), linen_table(strong))
+        assert np.any(linen_table(weak) != 0)
+        kernels = (np.asarray(state.params['params']['Dense_0']['kernel']) for state in (weak, strong))
+        assert np.any(np.not_equal(*kernels))
+
+    @pytest.mark.parametrize('forgotten', ['rows', 'gradient of the table'])
+    def test_a_step_that_passes_no_rows_is_an_error(self, forgotten):
+        state = linen_state()
+        grads = {'params': state.params['params']}
+        if forgotten != 'rows':
+            grads['centers'] = jax.tree.map(jnp.zeros_like, state.params['centers'])
+        with pytest.raises((ValueError, TypeError), match='RowUpdates'):
+            state.apply_gradients(grads=grads)
+
+
+def test_the_module_may_be_deep_in_the_model_and_used_twice():
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels):
+            center_loss = clj.linen.CenterLoss(5, name='center')
+            passes = center_loss(x, labels), center_loss(nn.Dense(3)(x), labels)
+            (first, first_rows), (second, second_rows) = passes
+            return first + second, clj.concatenate_rows(first_rows, second_rows)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels):
+            return Head(name='head')(nn.Dense(3)(x), labels)
+
+    images, labels = make_batch()
+    variables = Model().init(jax.random.key(0), images, labels)
+    transform = clj.with_centers(optax.sgd(0.1))
+    (_, rows), params = Model().apply(variables, images, labels), variables['params']
+    grads = {'params': params, 'centers': {'head': {'center': {'centers': rows}}}}
+    updates, state = transform.update(grads, transform.init(variables), variables)
+    moved = optax.apply_updates(variables, updates)['centers']['head']['center']['centers']
+    expected = oracle.center_update(-rows.values, np.zeros((5, 3)), np.tile(labels, 2), 0.5)
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+    assert center_state(state).left_out == 0

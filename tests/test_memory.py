@@ -1,0 +1,126 @@
+"""Memory of compiled steps: temporaries that do not grow with the table, and a table updated in place.
+
+Nothing is allocated or run here: programs are compiled from shapes alone. What the compiler reports for them
+repeats exactly, whatever else the machine does.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from steps import linen_state, linen_step, nnx_pair, nnx_step
+
+import centerloss_jax as clj
+
+MB = 1_000_000
+BIG = {'num_classes': 1_000_000, 'num_features': 64}
+TABLE_BYTES = 1_000_000 * 64 * 4
+
+
+def shapes(*arrays):
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
+
+
+def batch(size=256, *leading):
+    return shapes(((*leading, size, 6), jnp.float32), ((*leading, size), jnp.int32))
+
+
+def memory(jitted, *arguments):
+    return jitted.lower(*arguments).compile().memory_analysis()
+
+
+def linen_program(batch_norm, **jit_options):
+    state = jax.eval_shape(partial(linen_state, batch_norm=batch_norm, **BIG))
+    return memory(jax.jit(linen_step, **jit_options), state, *batch())
+
+
+def nnx_program(graph, batch_norm, **jit_options):
+    model, optimizer = nnx.eval_shape(partial(nnx_pair, graph=graph, batch_norm=batch_norm, **BIG))
+    step = nnx.jit(partial(nnx_step, graph=graph), graph=graph, **jit_options)
+    return memory(step, model, optimizer, *batch())
+
+
+PROGRAMS = {
+    'linen': (partial(linen_program, False), {'donate_argnums': 0}),
+    'linen, BatchNorm': (partial(linen_program, True), {'donate_argnums': 0}),
+    'nnx': (partial(nnx_program, True, False), {'donate_argnames': ('model', 'optimizer')}),
+    'nnx, BatchNorm': (partial(nnx_program, True, True), {'donate_argnames': ('model', 'optimizer')}),
+    'nnx tree mode, BatchNorm': (
+        partial(nnx_program, False, True),
+        {'donate_argnames': ('model', 'optimizer')},
+    ),
+}
+
+
+@pytest.mark.parametrize(('program', 'donation'), PROGRAMS.values(), ids=PROGRAMS.keys())
+def test_a_train_step_updates_a_million_classes_in_place(program, donation):
+    analysis = program(**donation)
+    assert analysis.temp_size_in_bytes < 8 * MB
+    assert analysis.alias_size_in_bytes >= TABLE_BYTES
+
+
+@pytest.mark.parametrize('program', [PROGRAMS['linen'][0], PROGRAMS['nnx'][0]], ids=['linen', 'nnx'])
+def test_a_state_that_is_not_donated_is_copied(program):
+    # What the users see who forget it, and what the test above would see.
+    assert program().alias_size_in_bytes < MB
+
+
+def test_eight_steps_inside_of_a_scan_stay_in_place():
+    state = jax.eval_shape(partial(linen_state, **BIG))
+
+    def epoch(state, images, labels):
+        return jax.lax.scan(lambda state, batch: linen_step(state, *batch), state, (images, labels))
+
+    analysis = memory(jax.jit(epoch, donate_argnums=0), state, *batch(256, 8))
+    assert analysis.temp_size_in_bytes < 8 * MB
+    assert analysis.alias_size_in_bytes >= TABLE_BYTES
+
+
+def test_a_replicated_state_is_updated_in_place_by_pmap():
+    state = jax.eval_shape(partial(linen_state, axis_name='batch', **BIG))
+    replicated = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), state)
+    step = jax.pmap(partial(linen_step, axis_name='batch'), axis_name='batch', donate_argnums=0)
+    analysis = memory(step, replicated, *batch(256, 8))
+    assert analysis.temp_size_in_bytes < 8 * MB
+    assert analysis.alias_size_in_bytes >= TABLE_BYTES
+
+
+def one_lookup(x, table, labels):
+    return clj.center_loss_and_rows(x, table, labels)
+
+
+def two_lookups(x, table, labels):
+    return clj.center_loss(x, table, labels), clj.center_rows(x, table, labels)
+
+
+def table_step(loss_and_rows, table, state, x, labels):
+    (loss, rows), gradient = jax.value_and_grad(loss_and_rows, has_aux=True)(x, table, labels)
+    updates, state = clj.center_update(0.5).update(rows, state, table)
+    return optax.apply_updates(table, updates), state, loss, gradient
+
+
+def table_program(loss_and_rows, num_classes):
+    arrays = shapes(((num_classes, 512), jnp.float32), ((256, 512), jnp.float32), ((256,), jnp.int32))
+    state = jax.eval_shape(clj.center_update().init, None)
+    return memory(
+        jax.jit(partial(table_step, loss_and_rows), donate_argnums=0), arrays[0], state, *arrays[1:]
+    )
+
+
+@pytest.mark.parametrize('loss_and_rows', [one_lookup, two_lookups])
+def test_temporaries_do_not_depend_on_the_number_of_classes(loss_and_rows):
+    few, many, most = (table_program(loss_and_rows, c) for c in (1_000, 100_000, 1_000_000))
+    assert few.temp_size_in_bytes == many.temp_size_in_bytes == most.temp_size_in_bytes < 8 * MB
+    assert most.alias_size_in_bytes >= 1_000_000 * 512 * 4
+
+
+def test_a_dense_gradient_is_as_large_as_the_table():
+    # What an ordinary optimizer needs, and what the tests above would see.
+    arrays = shapes(((256, 64), jnp.float32), ((1_000_000, 64), jnp.float32), ((256,), jnp.int32))
+    step = jax.jit(
+        lambda x, table, labels: table - jax.grad(clj.center_loss, 1)(x, table, labels), donate_argnums=1
+    )
+    assert memory(step, *arrays).temp_size_in_bytes >= TABLE_BYTES

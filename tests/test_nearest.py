@@ -1,0 +1,201 @@
+"""nearest_center: exact distances in blocks of classes, without the [B, C] matrix."""
+
+from functools import partial
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from numpy.typing import DTypeLike
+
+import centerloss_jax as clj
+
+
+def make_features(seed=0, leading=(7,), num_classes=11, num_features=3, dtype: DTypeLike = np.float32):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(1, 2, (*leading, num_features)).astype(dtype)
+    return x, rng.normal(1, 2, (num_classes, num_features)).astype(dtype)
+
+
+jitted = jax.jit(clj.nearest_center, static_argnames='block_size')
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.sampled_from([((), 11), ((2, 3), 11), ((7,), 1), ((0,), 11)]),
+    block_size=st.sampled_from([1, 4, 11, 64]),
+)
+def test_is_exact_in_float64_for_every_block_size(seed, sizes, block_size):
+    x, centers = make_features(seed, *sizes, dtype=np.float64)
+    with jax.enable_x64(True):
+        labels, distances = jitted(x, centers, block_size=block_size)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-12)
+
+
+def test_has_a_default_block_size():
+    x, centers = make_features()
+    labels, distances = clj.nearest_center(x, centers)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+
+
+@pytest.mark.parametrize('block_size', [1, 3, 4, 9])
+def test_the_lowest_of_equal_centers_wins(block_size):
+    # Equal within a block, across blocks, and by symmetry.
+    centers = np.array([[9, 9], [1, 2], [1, 2], [9, 9], [1, 2], [3, 2], [1, 2]], np.float32)
+    x = np.array([[1, 2], [9, 9], [2, 2], [2, 7]], np.float32)
+    labels, distances = jitted(x, centers, block_size=block_size)
+    np.testing.assert_array_equal(labels, [1, 0, 1, 1])
+    np.testing.assert_array_equal(distances, [0, 0, 1, 26])
+
+
+def test_large_norms_in_float32_keep_their_digits():
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(2, 8))
+    directions *= 1e4 / np.linalg.norm(directions, axis=-1, keepdims=True)
+    # Two groups of centers, far from the origin and from each other: within a group they lie a few hundredths
+    # apart, so the expanded square cannot tell them apart about any one origin.
+    centers = directions[np.arange(11) % 2] + rng.normal(scale=1e-2, size=(11, 8))
+    centers = centers.astype(np.float32)
+    own = rng.permutation(np.arange(55) % 11)
+    x = (centers[own] + rng.normal(scale=2e-3, size=(55, 8))).astype(np.float32)
+    labels, distances = clj.nearest_center(x, centers, block_size=4)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_array_equal(labels, own)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-5)
+    expanded = (x**2).sum(-1)[:, None] + (centers**2).sum(-1) - 2 * x @ centers.T
+    assert np.abs(expanded.min(axis=1) - expected_distances).max() > expected_distances.max()
+
+
+@pytest.mark.parametrize('block_size', [4, 64])
+@pytest.mark.parametrize('spread', [0.3, 1.0, 3.0])
+def test_rounding_of_large_norms_never_decides(spread, block_size):
+    # Distances about as large as what the squares of the norms lose: half right is where an error hides.
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(2, 8))
+    directions *= 1e4 / np.linalg.norm(directions, axis=-1, keepdims=True)
+    centers = (directions[np.arange(30) % 2] + rng.normal(scale=spread, size=(30, 8))).astype(np.float32)
+    x = (centers[np.arange(200) % 30] + rng.normal(scale=spread, size=(200, 8))).astype(np.float32)
+    labels, distances = jitted(x, centers, block_size=block_size)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16], ids=['bfloat16', 'float16'])
+def test_half_precision_accumulates_in_float32(dtype):
+    x = jnp.full((1, 512), 200, dtype)
+    centers = jnp.stack([jnp.full(512, -200, dtype), jnp.zeros(512, dtype), jnp.full(512, -100, dtype)])
+    labels, distances = clj.nearest_center(x, centers)
+    chex.assert_type(distances, jnp.float32)
+    assert labels[0] == 1
+    assert distances[0] == 2.048e7
+
+
+@pytest.mark.parametrize('block_size', [1, 4, 64])
+def test_a_pad_row_is_never_the_nearest(block_size):
+    x, centers = make_features()
+    x[1], x[2], x[3], x[4] = np.nan, np.inf, -np.inf, 3e38
+    padded = np.concatenate([centers, np.full((5, 3), np.inf, np.float32)])
+    labels, distances = map(np.asarray, jitted(x, padded, block_size=block_size))
+    assert np.all(labels < 11)
+    healthy = np.array([0, 5, 6])
+    expected_labels, expected_distances = oracle.nearest_center(x[healthy], centers)
+    np.testing.assert_array_equal(labels[healthy], expected_labels)
+    np.testing.assert_allclose(distances[healthy], expected_distances, rtol=1e-6)
+
+
+def test_features_that_are_not_a_number_have_no_nearest_center():
+    x, centers = make_features()
+    x[2], x[5, 1] = np.nan, np.nan
+    labels, distances = clj.nearest_center(x, centers, block_size=4)
+    not_a_number = np.isin(np.arange(7), [2, 5])
+    np.testing.assert_array_equal(labels == -1, not_a_number)
+    np.testing.assert_array_equal(np.isnan(distances), not_a_number)
+
+
+@pytest.mark.parametrize('content', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('block_size', [1, 4, 64])
+def test_a_center_that_is_not_finite_is_never_the_nearest(content, block_size):
+    x, centers = make_features()
+    centers[0], centers[6, 1] = content, content
+    finite = np.delete(np.arange(11), [0, 6])
+    labels, distances = jitted(x, centers, block_size=block_size)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers[finite])
+    np.testing.assert_array_equal(labels, finite[expected_labels])
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+
+
+@pytest.mark.parametrize('place', [0, 5, 10])
+@pytest.mark.parametrize('far', [1e8, 1e12, 1e20, 3e38])
+def test_one_center_far_away_changes_nothing_for_the_others(far, place):
+    x, centers = make_features()
+    centers[place] = far
+    labels, distances = jitted(x, centers, block_size=4)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+
+
+@pytest.mark.parametrize('far', [1e8, 1e18, 1e25, 3e38])
+def test_an_example_far_away_beside_its_center(far):
+    x, centers = make_features()
+    x[3] = centers[7] = far
+    labels, distances = map(np.asarray, jitted(x, centers, block_size=4))
+    others = np.arange(7) != 3
+    assert labels[3] == 7
+    assert distances[3] == 0
+    expected_labels, expected_distances = oracle.nearest_center(x[others], centers)
+    np.testing.assert_array_equal(labels[others], expected_labels)
+    np.testing.assert_allclose(distances[others], expected_distances, rtol=1e-6)
+
+
+def test_passes_under_debug_nans_with_pad_rows():
+    x, centers = make_features()
+    padded = np.concatenate([centers, np.full((5, 3), np.inf, np.float32)])
+    with jax.debug_nans(True):
+        labels, _ = clj.nearest_center(x, padded, block_size=4)
+    np.testing.assert_array_equal(labels, oracle.nearest_center(x, centers)[0])
+
+
+def test_memory_does_not_hold_the_matrix_of_all_distances():
+    batch, num_classes = 256, 100_000
+    x = jax.ShapeDtypeStruct((batch, 8), jnp.float32)
+    centers = jax.ShapeDtypeStruct((num_classes, 8), jnp.float32)
+    memory = jax.jit(clj.nearest_center).lower(x, centers).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * batch * num_classes / 8
+
+
+X, CENTERS = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32)
+
+WRONG_ARGUMENTS = {
+    'x without features': ({'x': np.float32(1)}, ValueError, r'\bx\b'),
+    'centers as a vector': ({'centers': CENTERS[0]}, ValueError, r'centers.*[(\[]2,?[)\]]'),
+    'other widths': ({'centers': np.ones((3, 5), np.float32)}, ValueError, r'(?=.*\bx\b)(?=.*centers).*5'),
+    'a width to broadcast': ({'x': X[:, :1]}, ValueError, r'(?=.*\bx\b)(?=.*centers)(?=.*\b1\b).*\b2\b'),
+    'integers': ({'x': np.ones((4, 2), np.int32)}, TypeError, r'\bx\b.*int32'),
+    'integer centers': ({'centers': np.ones((3, 2), np.int32)}, TypeError, r'centers.*int32'),
+    'no block': ({'block_size': 0}, ValueError, r'block_size.*0'),
+    'a negative block': ({'block_size': -4}, ValueError, r'block_size.*-4'),
+}
+
+
+@pytest.mark.parametrize(
+    ('changed', 'error', 'message'), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys()
+)
+def test_wrong_arguments_are_named(changed, error, message):
+    arguments = {'x': X, 'centers': CENTERS} | changed
+    x, centers = arguments.pop('x'), arguments.pop('centers')
+    with pytest.raises(error, match=message):
+        clj.nearest_center(x, centers, **arguments)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(partial(clj.nearest_center, **arguments), x, centers)

@@ -1,0 +1,262 @@
+"""nnx.CenterLoss in a model and its stock nnx.Optimizer, in Flax's graph mode and in its tree mode."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+from steps import NnxModel, center_state, jit_nnx_step, make_batch, nnx_pair, nnx_step, softmax_loss
+
+import centerloss_jax as clj
+
+both_modes = pytest.mark.parametrize('graph', [True, False], ids=['graph', 'tree'])
+both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
+
+
+def arrays(model, *types):
+    """The model's variables of these types as NumPy arrays, which no donation takes away."""
+    return jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, types or ...)))
+
+
+def table(model):
+    return np.asarray(model.center.centers[...])
+
+
+class TestModule:
+    x, labels = np.array([[1, 2], [3, 4], [0, 1], [2, 2]], np.float32), np.array([0, 2, 1, 0])
+
+    def test_is_center_loss_and_rows_of_its_own_table(self, worked_example):
+        center = clj.nnx.CenterLoss(
+            3, 2, centers_init=lambda key, shape, dtype: jnp.asarray(worked_example.centers), rngs=nnx.Rngs(0)
+        )
+        loss, rows = center(self.x, self.labels)
+        assert loss == 4.75
+        chex.assert_trees_all_equal(rows, clj.center_rows(self.x, worked_example.centers, self.labels))
+
+    def test_passes_every_option_on(self):
+        center, labels = clj.nnx.CenterLoss(3, 2, rngs=nnx.Rngs(0)), np.array([0, 2, 1, -1])
+        options = {
+            'where': np.array([True, False, True, True]),
+            'weights': np.arange(4.0),
+            'reduce_fn': jnp.sum,
+        }
+        expected = clj.center_loss_and_rows(self.x, np.zeros((3, 2), np.float32), labels, **options)
+        chex.assert_trees_all_equal(center(self.x, labels, **options), expected)
+        with pytest.raises(NameError, match=r"axis_name='btach'"):
+            center(self.x, labels, axis_name='btach')
+
+    def test_centers_are_variables_of_their_own_type(self):
+        # A filter for parameters must not find the table: Adam would make two more of it.
+        center = clj.nnx.CenterLoss(3, 2, rngs=nnx.Rngs(0))
+        assert not jax.tree.leaves(nnx.state(center, nnx.Param))
+        assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(center, clj.nnx.Centers))] == [(3, 2)]
+
+    @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+    def test_initializer_and_dtype(self, dtype):
+        make = partial(clj.nnx.CenterLoss, 500, 2, centers_init=nnx.initializers.normal(2.0), dtype=dtype)
+        center, other = make(rngs=nnx.Rngs(0)), make(rngs=nnx.Rngs(1))
+        chex.assert_shape(center.centers[...], (500, 2))
+        chex.assert_type(center.centers[...], dtype)
+        np.testing.assert_allclose(jnp.std(center.centers[...].astype(jnp.float32)), 2.0, rtol=0.1)
+        assert jnp.any(center.centers[...] != other.centers[...])
+        loss, _ = center(self.x.astype(jnp.bfloat16), self.labels)
+        chex.assert_type(loss, jnp.float32)
+
+    def test_centers_start_at_zero_in_float32(self):
+        centers = clj.nnx.CenterLoss(7, 2, rngs=nnx.Rngs(0)).centers[...]
+        np.testing.assert_array_equal(centers, np.zeros((7, 2)))
+        chex.assert_type(centers, jnp.float32)
+
+    def test_the_table_may_start_from_class_means(self):
+        labels = np.array([0, 0, 0, 1, 1, 2])
+        x = np.random.default_rng(0).normal(5, 2, (6, 16)).astype(np.float32)
+        statistics = clj.class_statistics(x, labels, 3)
+        center = clj.nnx.CenterLoss(
+            3, 16, centers_init=lambda key, shape, dtype: statistics.mean.astype(dtype), rngs=nnx.Rngs(0)
+        )
+        replaced = clj.nnx.CenterLoss(3, 16, rngs=nnx.Rngs(0))
+        replaced.centers[...] = statistics.mean
+        for started in (center, replaced):
+            loss, _ = started(x, labels)
+            np.testing.assert_allclose(loss, oracle.class_statistics(x, labels, 3).intra, rtol=1e-5)
+
+
+@both_modes
+class TestStep:
+    @both_models
+    def test_centers_move_by_eq_4_from_where_the_loss_saw_them(self, graph, batch_norm):
+        images, labels = make_batch(left_out=[3])
+        model, optimizer = nnx_pair(alpha=0.5, graph=graph, batch_norm=batch_norm)
+        model.center.centers[...] = jax.random.normal(jax.random.key(7), (5, 3))
+        before = table(model)
+        features = before[np.maximum(labels, 0)] - model(images, labels)[2].values
+        jit_nnx_step(graph=graph)(model, optimizer, images, labels)
+        expected = oracle.center_update(features, before, labels, 0.5)
+        np.testing.assert_allclose(table(model), expected, rtol=1e-5, atol=1e-5)
+        state = center_state(nnx.as_pure(optimizer.opt_state))
+        np.testing.assert_allclose(state.step_norm, np.linalg.norm(table(model) - before), rtol=1e-5)
+
+    @both_models
+    def test_evaluation_changes_nothing_and_training_everything(self, graph, batch_norm):
+        batch = make_batch()
+        model, optimizer = nnx_pair(graph=graph, batch_norm=batch_norm)
+        step, losses = jit_nnx_step(graph=graph), []
+        for _ in range(30):
+            before = arrays(model)
+            model.eval()
+            model(batch.images)
+            chex.assert_trees_all_equal(arrays(model), before)
+            model.train()
+            losses.append(float(step(model, optimizer, *batch)))
+            for old, new in zip(*map(jax.tree.leaves, (before, arrays(model))), strict=True):
+                assert np.any(old != new)
+        assert isinstance(model.center.centers, clj.nnx.Centers)
+        assert losses[-1] < 0.7 * losses[0]
+
+    def test_one_trace_serves_every_step_and_a_short_last_batch(self, graph):
+        model, optimizer = nnx_pair(graph=graph, batch_norm=True)
+
+        @partial(nnx.jit, donate_argnames=('model', 'optimizer'), graph=graph)
+        @partial(chex.assert_max_traces, n=1)
+        def step(model, optimizer, images, labels):
+            return nnx_step(model, optimizer, images, labels, graph=graph)
+
+        for seed, left_out in enumerate([(), (), (5, 6, 7), range(8)]):
+            before, (images, labels) = table(model), make_batch(seed, left_out=left_out)
+            assert np.isfinite(step(model, optimizer, images, labels))
+            absent = ~np.isin(np.arange(5), labels)
+            np.testing.assert_array_equal(table(model)[absent], before[absent])
+        state = center_state(nnx.as_pure(optimizer.opt_state))
+        assert (state.count, state.left_out) == (4, 0)
+        chex.clear_trace_counter()
+
+    def test_centers_do_not_depend_on_the_weight_of_the_loss(self, graph):
+        models = []
+        for weight in (1e-4, 10.0):
+            model, optimizer = nnx_pair(graph=graph)
+            jit_nnx_step(graph=graph, center_weight=weight)(model, optimizer, *make_batch())
+            models.append(model)
+        weak, strong = models
+        np.testing.assert_array_equal(table(weak), table(strong))
+        assert np.any(table(weak) != 0)
+        assert np.any(np.not_equal(weak.inner.kernel[...], strong.inner.kernel[...]))
+
+    def test_no_optimizer_state_grows_with_the_number_of_classes(self, graph):
+        shapes = [
+            [leaf.shape for leaf in jax.tree.leaves(nnx_pair(graph=graph, num_classes=n)[1].opt_state)]
+            for n in (1000, 1001)
+        ]
+        assert shapes[0] == shapes[1]
+
+    @pytest.mark.parametrize('wrt', [nnx.Param, (nnx.Param, nnx.BatchStat)], ids=['Param', 'all but Centers'])
+    def test_an_optimizer_that_is_not_told_of_centers_is_an_error(self, graph, wrt):
+        # nnx.Optimizer drops what wrt leaves out, and the centers would never move.
+        model = NnxModel(batch_norm=True, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r'wrt=\(nnx.Param, centerloss_jax.nnx.Centers\)'):
+            nnx.Optimizer(model, clj.with_centers(optax.adam(1e-3)), wrt=wrt, graph=graph)
+
+
+def gradients(model, batch, graph):
+    def loss_fn(model):
+        logits, center, rows = model(*batch)
+        return softmax_loss(logits, batch.labels) + center, rows
+
+    (_, rows), grads = nnx.value_and_grad(loss_fn, has_aux=True, graph=graph)(model)
+    return grads, rows
+
+
+def as_a_state_of_params(grads, rows):
+    # Without the gradients of centers and batch statistics, which tree mode takes too.
+    grads = nnx.state(grads, nnx.Param)
+    grads['center'] = {'centers': clj.nnx.Centers(rows)}
+    return grads
+
+
+def as_an_attribute(grads, rows):
+    grads.center = {'centers': clj.nnx.Centers(rows)}
+    return grads
+
+
+def as_an_item(grads, rows):
+    grads['center'] = {'centers': clj.nnx.Centers(rows)}
+    return grads
+
+
+PLACED = {
+    'attribute, graph': (as_an_attribute, True),
+    'attribute, tree': (as_an_attribute, False),
+    'state of params, graph': (as_a_state_of_params, True),
+    'state of params, tree': (as_a_state_of_params, False),
+    'item, graph': (as_an_item, True),
+}
+
+
+@pytest.mark.parametrize(('place', 'graph'), PLACED.values(), ids=PLACED.keys())
+def test_ways_to_put_rows_beside_the_gradients(place, graph):
+    batch, (model, optimizer) = make_batch(), nnx_pair(optax.sgd(0.1), graph=graph, batch_norm=True)
+    expected, reference = nnx_pair(optax.sgd(0.1), graph=graph, batch_norm=True)
+    jit_nnx_step(graph=graph)(expected, reference, *batch)
+    optimizer.update(model, place(*gradients(model, batch, graph)))
+    chex.assert_trees_all_close(arrays(model), arrays(expected), rtol=1e-5, atol=1e-6)
+    assert np.any(table(model) != 0)
+
+
+def _set(value):
+    def place(grads, rows):
+        grads.center = {} if value is None else {'centers': value(rows)}
+
+    return place
+
+
+LOST = {
+    'forgotten': lambda grads, rows: None,
+    'not wrapped': _set(lambda rows: rows),
+    'wrapped in a type that wrt leaves out': _set(nnx.Variable),
+    'an empty entry': _set(None),
+}
+
+
+@both_modes
+@pytest.mark.parametrize('place', LOST.values(), ids=LOST.keys())
+def test_rows_that_the_optimizer_would_lose_are_an_error(place, graph):
+    model, optimizer = nnx_pair(graph=graph)
+    before = arrays(model)
+    grads, rows = gradients(model, make_batch(), graph)
+    place(grads, rows)
+    with pytest.raises(ValueError, match=r'no centers.*wrt.*centerloss_jax.nnx.Centers\(rows\)'):
+        optimizer.update(model, grads)
+    chex.assert_trees_all_equal(arrays(model), before)
+
+
+class TwoTables(NnxModel):
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
+        self.other = clj.nnx.CenterLoss(4, 6, rngs=rngs)
+
+
+# In tree mode the gradients hold one for the forgotten table too, and an optimizer without a state, as sgd, would
+# take it for a parameter's. A state of params does not have it.
+@pytest.mark.parametrize(
+    ('optimizer', 'place', 'graph'),
+    [
+        pytest.param(optax.adam(1e-2), as_an_attribute, True, id='adam, attribute, graph'),
+        pytest.param(optax.adam(1e-2), as_an_attribute, False, id='adam, attribute, tree'),
+        pytest.param(optax.sgd(0.1), as_an_attribute, True, id='sgd, attribute, graph'),
+        pytest.param(optax.sgd(0.1), as_a_state_of_params, True, id='sgd, state of params, graph'),
+        pytest.param(optax.sgd(0.1), as_a_state_of_params, False, id='sgd, state of params, tree'),
+    ],
+)
+def test_rows_of_one_table_of_two_are_an_error(optimizer, place, graph):
+    model = TwoTables(rngs=nnx.Rngs(0))
+    transform = clj.with_centers(optimizer)
+    optimizer = nnx.Optimizer(model, transform, wrt=(nnx.Param, clj.nnx.Centers), graph=graph)
+    before = arrays(model)
+    grads = place(*gradients(model, make_batch(), graph))
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.update(model, grads)
+    chex.assert_trees_all_equal(arrays(model), before)
