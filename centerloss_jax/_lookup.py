@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from centerloss_jax._mesh import take_rows
 
-type_name = lambda a: f'{np.dtype(a.dtype).name}[{",".join(map(str, a.shape))}]'  # noqa: E731
+AnyArray = np.ndarray | Array  # on the host or on a device
 
 # An index that stands for no row: an example that is left out, and a label beyond the table, which is a mistake.
 LEFT_OUT = -1
@@ -25,9 +26,9 @@ MISTAKE = int(np.iinfo(np.int32).max)
 class Rows(NamedTuple):
     """The rows of a batch. All three have the labels' shape."""
 
-    indices: ArrayLike  # int32: a row of the table, LEFT_OUT or MISTAKE
-    counted: ArrayLike  # bool: not left out by `where` or by a negative label
-    valid: ArrayLike  # bool: counted, and the label is below the number of classes
+    indices: Array  # int32: a row of the table, LEFT_OUT or MISTAKE
+    counted: Array  # bool: not left out by `where` or by a negative label
+    valid: Array  # bool: counted, and the label is below the number of classes
 
 
 class Examples(NamedTuple):
@@ -62,22 +63,27 @@ def check_floating(a: ArrayLike, name: str) -> Array:
     return array
 
 
+def type_name(a: AnyArray) -> str:
+    """float32[4,2], as JAX writes it."""
+    return f'{a.dtype.name}[{",".join(map(str, a.shape))}]'
+
+
 def wide(*dtypes: np.dtype) -> np.dtype:
     """The dtype that these are computed in: theirs, and float32 at least."""
     return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
-def as_integers(labels: ArrayLike | Sequence, name: str = 'labels') -> np.ndarray | Array:
+def as_integers(labels: ArrayLike | Sequence) -> AnyArray:
     """Labels as they are: NumPy's stay NumPy's, since JAX without x64 folds 2**32 + 3 to 3."""
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels, dtype=np.int32 if np.size(labels) == 0 and isinstance(labels, list) else None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         hint = 'a mask is passed as where=' if labels.dtype == bool else 'for one-hot labels pass labels.argmax(-1)'
-        raise TypeError(f'{name} must be integers, got {type_name(labels)}; {hint}')
+        raise TypeError(f'labels must be integers, got {type_name(labels)}; {hint}')
     return labels
 
 
-def below(labels: np.ndarray | Array, num_classes: int) -> ArrayLike:
+def below(labels: AnyArray, num_classes: int) -> AnyArray:
     """labels < num_classes, where num_classes may be more than the labels' dtype can hold."""
     return labels < num_classes if num_classes <= jnp.iinfo(labels.dtype).max else labels == labels
 
@@ -101,26 +107,24 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
       >>> clj.check_labels([0, 2, -1], num_classes=3)
       >>> clj.check_labels([1, 2, 3], num_classes=3)
       Traceback (most recent call last):
-      ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2, and negative ones leave an example out
+      ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2; negative ones leave an example out
     """
     labels = np.asarray(jax.device_get(as_integers(labels)))
     _raise_on_mistakes(labels, ~np.asarray(below(labels, num_classes)), num_classes)
 
 
-def _raise_on_mistakes(labels: ArrayLike, mistakes: np.ndarray, num_classes: int) -> None:
+def _raise_on_mistakes(labels: AnyArray, mistakes: np.ndarray, num_classes: int) -> None:
     if mistakes.any():
         place = tuple(int(i) for i in np.argwhere(mistakes)[0])
         subscript = ', '.join(map(str, place))
         bad = np.asarray(jax.device_get(labels))[place]
         raise ValueError(
             f'labels{f"[{subscript}]" if place else ""} is {bad}, but there are {num_classes} classes: valid labels '
-            f'are 0 to {num_classes - 1}, and negative ones leave an example out'
+            f'are 0 to {num_classes - 1}; negative ones leave an example out'
         )
 
 
-def rows_of(
-    labels: ArrayLike | Sequence, where: ArrayLike | None, num_classes: int, shape: tuple[int, ...]
-) -> Rows:
+def rows_of(labels: ArrayLike | Sequence, where: ArrayLike | None, num_classes: int, shape: tuple[int, ...]) -> Rows:
     """Maps labels to rows of a table, comparing them in their own dtype before they are narrowed to int32."""
     labels = as_integers(labels)
     if labels.shape != shape:
@@ -139,10 +143,10 @@ def rows_of(
     valid = counted & in_table
     narrow = xp.where((labels >= 0) & in_table, labels, xp.zeros_like(labels)).astype(np.int32)
     indices = jnp.where(valid, narrow, jnp.where(counted, np.int32(MISTAKE), np.int32(LEFT_OUT)))
-    return Rows(indices, counted, valid)
+    return Rows(indices, jnp.asarray(counted), jnp.asarray(valid))
 
 
-def check_where(where: ArrayLike, shape: tuple[int, ...]) -> np.ndarray | Array:
+def check_where(where: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
     mask = where if isinstance(where, jax.Array) else np.asarray(where)
     if mask.dtype != bool:
         raise TypeError(f'where must be boolean, got {type_name(mask)}')
@@ -151,9 +155,9 @@ def check_where(where: ArrayLike, shape: tuple[int, ...]) -> np.ndarray | Array:
     return mask
 
 
-def is_concrete(a: ArrayLike) -> bool:
+def is_concrete(a: AnyArray) -> bool:
     """Whether this process can read the values of `a`, which inside a transformation it can not."""
-    if isinstance(a, jax.core.Tracer):
+    if isinstance(a, Tracer):
         return False
     return not isinstance(a, jax.Array) or a.is_fully_addressable
 
@@ -172,7 +176,7 @@ def examples(
     centers = check_table(centers)
     x = check_features(x, centers.shape[1])
     rows = rows_of(labels, where, centers.shape[0], x.shape[:-1])
-    valid = jnp.asarray(rows.valid)
+    valid = rows.valid
     dtype = wide(x.dtype, centers.dtype)
     own = take_rows(centers, jnp.where(valid, rows.indices, 0)).astype(dtype)
     mask = valid[..., None]

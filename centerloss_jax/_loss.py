@@ -36,6 +36,9 @@ def center_loss(
     An example is *left out* where its label is negative or `where` is False: of the value, of the mean's denominator
     and of every gradient, whatever it holds. If nothing is counted the loss is 0.
 
+    `jax.grad` with respect to the centers is a dense `[C, D]` array, summed in the dtype of the centers; `center_rows`
+    is what scales.
+
     Args:
       x: features `[..., D]`, floating point.
       centers: one center a class `[C, D]`, floating point.
@@ -165,8 +168,8 @@ def _reduce(batch: Examples, reduce_fn: ReduceFn | None, axis_name: AxisName | N
         check_axis_name(axis_name)
     squares = jnp.square(batch.difference)
     per_example = jnp.sum(squares if batch.weights is None else batch.weights * squares, axis=-1)
-    counted = jnp.asarray(batch.rows.counted)
-    per_example = jnp.where(counted & ~jnp.asarray(batch.rows.valid), jnp.nan, per_example)
+    counted = batch.rows.counted
+    per_example = jnp.where(counted & ~batch.rows.valid, jnp.nan, per_example)
     if reduce_fn is None:
         return per_example
     if reduce_fn is not jnp.mean:
@@ -179,5 +182,4 @@ def _reduce(batch: Examples, reduce_fn: ReduceFn | None, axis_name: AxisName | N
 
 def _rows(batch: Examples) -> RowUpdates:
     values = -batch.difference if batch.weights is None else -batch.weights * batch.difference
-    indices = jnp.asarray(batch.rows.indices)
-    return RowUpdates(indices.reshape(-1), jax.lax.stop_gradient(values.reshape(-1, values.shape[-1])))
+    return RowUpdates(batch.rows.indices.reshape(-1), jax.lax.stop_gradient(values.reshape(-1, values.shape[-1])))

@@ -5,6 +5,8 @@ apart lose every digit. So it only proposes. Its rounding error is bounded, and 
 that bound is measured by its direct difference. For most blocks of centers no example needs even one.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -28,9 +30,9 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) 
       block_size: centers that are compared at a time.
 
     Returns:
-      `(labels, distances)`: int32 `[...]`, and the squared Euclidean distances `[...]` in float32 or wider. An example
-      that is nearest to none, since it holds a NaN or an Inf or its squared distances overflow, has the label -1 and
-      the distance NaN.
+      `(labels, distances)`: int32 `[...]`, and the squared Euclidean distances `[...]` in float32 or wider. An
+      example that is nearest to none, since it holds a NaN or an Inf or all its squared distances overflow, has the
+      label -1 and the distance NaN.
 
     Raises:
       TypeError: if x or centers are not floating point.
@@ -56,13 +58,15 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) 
     return labels.reshape(x.shape[:-1]), distances.reshape(x.shape[:-1])
 
 
+@partial(jax.jit, static_argnames='block_size')
 def _nearest(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
     num_classes, num_features = centers.shape
     dtype = wide(x.dtype, centers.dtype)
     x = x.astype(dtype)
     # Distances do not depend on the origin, but their rounding does.
-    origin = _origin(centers, block_size, dtype)
-    shifted = x - origin
+    origin = _origin(centers, dtype)
+    usable = jnp.isfinite(x).all(axis=-1)
+    shifted = jnp.where(usable[:, None], x, 0) - origin
     norms = jnp.linalg.norm(shifted, axis=-1)
     # Bounds the error of the shift, of the D products and of their sums, relative to (|x| + |c|)^2.
     slack = 2 * (num_features + 8) * jnp.finfo(dtype).eps
@@ -77,7 +81,9 @@ def _nearest(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
         product = jnp.dot(shifted, there.T, precision=jax.lax.Precision.HIGHEST)
         expanded = (norms * norms)[:, None] + (radii * radii) - 2 * product
         lowest = expanded - slack * jnp.square(norms[:, None] + radii)
-        lowest = jnp.where(finite & jnp.isfinite(lowest), lowest, jnp.inf)
+        # What overflows says nothing, so it is measured. A center that is not finite is never a candidate.
+        lowest = jnp.where(jnp.isfinite(lowest), lowest, -jnp.inf)
+        lowest = jnp.where(finite & usable[:, None], lowest, jnp.inf)
 
         def unsettled(state):
             lowest, (_, distances) = state
@@ -102,8 +108,10 @@ def _nearest(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
     return labels, jnp.where(labels == LEFT_OUT, jnp.nan, distances)
 
 
-def _origin(centers: Array, block_size: int, dtype) -> Array:
-    """The mean of the first block's finite centers: near enough, and no pass over the table."""
-    head = centers[:block_size].astype(dtype)
-    finite = jnp.isfinite(head).all(axis=-1, keepdims=True)
-    return jnp.sum(jnp.where(finite, head, 0), axis=0) / jnp.maximum(jnp.sum(finite), 1)
+def _origin(centers: Array, dtype) -> Array:
+    """Where the table lies: the median of a few centers, which a far one does not move."""
+    few = centers[:: -(-centers.shape[0] // 64)].astype(dtype)
+    finite = jnp.isfinite(few).all(axis=-1, keepdims=True)
+    ordered = jnp.sort(jnp.where(finite, few, jnp.inf), axis=0)
+    middle = ordered[finite.sum() // 2 - (finite.sum() > 0)]
+    return jnp.where(jnp.isfinite(middle), middle, 0)

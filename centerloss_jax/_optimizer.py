@@ -56,8 +56,8 @@ def with_centers(
     References:
       Wen et al., ECCV 2016, Algorithm 1.
     """
-    transforms = {'params': optimizer, 'centers': center_update(alpha, axis_name=axis_name, mesh=mesh)}
-    return optax.partition(transforms, _labels)
+    centers = center_update(alpha, axis_name=axis_name, mesh=mesh)
+    return optax.partition({'params': optimizer, 'centers': centers}, _labels)
 
 
 def _labels(tree):

@@ -11,6 +11,9 @@ from jax.typing import ArrayLike
 from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
 from centerloss_jax._mesh import add_rows, set_rows, take_rows
 
+# Odd, large and negative: no sum, multiple, square, sign or clip of it is itself, as it would be for 1.
+GUARD = -1299709
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,15 +25,15 @@ class RowUpdates:
     train states take rows for a center table unchanged. A row with a negative index, or with one beyond the table, is
     dropped.
 
-    Rows are not gradients. Summed over devices or with another pass, their indices would name other classes. Such a
-    sum, which the third field shows, is dropped and counted by `center_update`; a mean or a scaled copy is a TypeError.
-    Reduce, clip and accumulate inside `with_centers` instead, and join the rows of several passes by
-    `concatenate_rows`.
+    Rows are not gradients. Summed over devices or with another pass, or clipped, their indices would name other
+    classes. The third field shows that, and such rows are dropped, and counted by `center_update`; a mean or a scaled
+    copy is a TypeError. Reduce, clip and accumulate inside `with_centers` instead, and join the rows of several passes
+    by `concatenate_rows`.
 
     Attributes:
       indices: integers `[N]`, rows of the table.
       values: floating point `[N, D]`.
-      guard: int32 `[]`, the constant 1. It is not for users: anything that adds rows up makes it something else.
+      guard: int32 `[]`, a constant. It is not for users: arithmetic on the rows makes it something else.
 
     Example:
       >>> import centerloss_jax as clj
@@ -42,7 +45,7 @@ class RowUpdates:
 
     indices: ArrayLike
     values: ArrayLike
-    guard: ArrayLike = dataclasses.field(default=np.int32(1), kw_only=True)
+    guard: ArrayLike = dataclasses.field(default=np.int32(GUARD), kw_only=True)
 
     # Without it a NumPy table would add the rows up elementwise by itself.
     __array_ufunc__ = None
@@ -115,7 +118,7 @@ def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array]
         num_classes, width = table.shape
         if values.shape[1] != width:
             raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
-    whole = (guard == 1) & (indices < num_classes if num_classes <= jnp.iinfo(indices.dtype).max else True)
+    whole = (guard == GUARD) & (indices < num_classes if num_classes <= jnp.iinfo(indices.dtype).max else True)
     narrow = jnp.where(indices >= 0, jnp.where(whole, indices, 0).astype(jnp.int32), -1)
     return jnp.where(whole, narrow, MISTAKE), values.astype(wide(values.dtype))
 

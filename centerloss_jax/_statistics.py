@@ -35,7 +35,7 @@ class ClassStatistics:
     @property
     def inter(self) -> Array:
         r"""Between-class variance :math:`\frac{1}{N} \sum_j n_j |\mu_j - \mu|^2`, a scalar; NaN where N = 0."""
-        share = (self.count / self.count.sum()).astype(self.mean.dtype)[:, None]
+        share = (self.count.astype(self.mean.dtype) / self.count.sum())[:, None]
         # Around a first estimate: the mean of means of norm 1e4 is itself rounded.
         origin = jnp.sum(share * self.mean, axis=0)
         offset = self.mean - origin
@@ -49,13 +49,22 @@ class ClassStatistics:
     def merge(self, other: 'ClassStatistics') -> 'ClassStatistics':
         """The statistics of both sets of examples together, by the parallel form of Welford's algorithm.
 
+        Raises:
+          ValueError: if the other has another number of classes or features.
+
         References:
           Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
         """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f'other must have the means of as many classes and features, {list(self.mean.shape)}, '
+                f'got {list(other.mean.shape)}'
+            )
         count = self.count + other.count
-        share = (other.count / jnp.maximum(count, 1)).astype(self.mean.dtype)
+        dtype = jnp.promote_types(self.mean.dtype, other.mean.dtype)
+        share = other.count.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
         gap = other.mean - self.mean
-        between = self.count.astype(self.mean.dtype) * share * jnp.sum(jnp.square(gap), axis=-1)
+        between = self.count.astype(dtype) * share * jnp.sum(jnp.square(gap), axis=-1)
         return ClassStatistics(
             count=count,
             mean=jnp.where((self.count == 0)[:, None], other.mean, self.mean + share[:, None] * gap),
@@ -113,8 +122,8 @@ def class_statistics(
     rows = rows_of(labels, where, num_classes, x.shape[:-1])
     if axis_name is not None:
         check_axis_name(axis_name)
-    valid = jnp.asarray(rows.valid).reshape(-1)
-    indices = jnp.where(valid, jnp.asarray(rows.indices).reshape(-1), 0)
+    valid = rows.valid.reshape(-1)
+    indices = jnp.where(valid, rows.indices.reshape(-1), 0)
     x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(wide(x.dtype)), 0)
 
     def by_class(values: Array) -> Array:

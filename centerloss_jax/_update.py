@@ -18,7 +18,7 @@ from centerloss_jax._rows import RowUpdates, checked, group_rows
 class CenterUpdateState(NamedTuple):
     """The state of `center_update`. Nothing in it grows with the number of classes."""
 
-    count: Array  # int32 [], steps taken
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name; int32 [], steps taken
     left_out: Array  # int32 [], rows dropped since the start: not finite, summed, or of a label beyond the table
     step_norm: Array  # float32 [], Euclidean norm of the last move of all centers together
 
@@ -91,7 +91,7 @@ def center_update(
         moves = [_move(rows, table, rate, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]
         rows, left_out, squares = zip(*moves, strict=True)
         return treedef.unflatten(rows), CenterUpdateState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             left_out=state.left_out + sum(left_out),
             step_norm=jnp.sqrt(sum(squares)).astype(jnp.float32),
         )

@@ -42,7 +42,7 @@ class CenterLoss(nn.Module):
     """
 
     num_classes: int
-    centers_init: Callable[..., Array] = nn.initializers.zeros_init()
+    centers_init: Callable[..., Array] = nn.initializers.zeros
     dtype: DTypeLike = jnp.float32
 
     @nn.compact

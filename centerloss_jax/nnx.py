@@ -51,7 +51,7 @@ class CenterLoss(nnx.Module):
         num_classes: int,
         num_features: int,
         *,
-        centers_init: Callable[..., Array] = nnx.initializers.zeros_init(),
+        centers_init: Callable[..., Array] = nnx.initializers.zeros,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -69,5 +69,11 @@ class CenterLoss(nnx.Module):
     ) -> tuple[Array, RowUpdates]:
         """`center_loss_and_rows` with the module's centers."""
         return center_loss_and_rows(
-            x, self.centers[...], labels, where=where, weights=weights, reduce_fn=reduce_fn, axis_name=axis_name
+            x,
+            self.centers[...],
+            labels,
+            where=where,
+            weights=weights,
+            reduce_fn=reduce_fn,
+            axis_name=axis_name,
         )

@@ -30,9 +30,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version('1.0.0')
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return classification_info(
-            self, 'Digits of scikit-learn.', (8, 8, 1), [str(digit) for digit in range(10)]
-        )
+        return classification_info(self, 'Digits of scikit-learn.', (8, 8, 1), [str(digit) for digit in range(10)])
 
     def _split_generators(self, dl_manager):
         del dl_manager
@@ -55,9 +53,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield key, {'image': Image.fromarray(image), 'label': int(label)}
 
 
-def prepare_once(
-    copy: Path, make_builder: Callable[[], tfds.core.GeneratorBasedBuilder]
-) -> tfds.core.DatasetBuilder:
+def prepare_once(copy: Path, make_builder: Callable[[], tfds.core.GeneratorBasedBuilder]) -> tfds.core.DatasetBuilder:
     """The copy in this folder, prepared if it is not there; TFDS puts it there when it is complete."""
     if not copy.exists():
         with lock(copy.parent):

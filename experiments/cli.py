@@ -2,14 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import simple_parsing
 
 from experiments.data import DataError
 from experiments.runs import RunError
-
-Config = TypeVar('Config')
 
 
 class _Parser(simple_parsing.ArgumentParser):
@@ -18,7 +16,7 @@ class _Parser(simple_parsing.ArgumentParser):
 
 
 def main(
-    config_class: type[Config], experiment: Callable[[Config], None], prog: str, argv: Sequence[str] | None = None
+    config_class: type, experiment: Callable[[Any], None], prog: str, argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Parses the flags and runs the experiment. What a user can put right ends in a line and exit code 2."""
     parser = _Parser(
@@ -26,7 +24,7 @@ def main(
         description=sys.modules[config_class.__module__].__doc__,
         add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
     )
-    parser.add_arguments(config_class, 'config')
+    parser.add_arguments(config_class, 'config')  # pyright: ignore[reportArgumentType, reportCallIssue]  # a dataclass
     try:
         experiment(parser.parse_args(argv).config)
     except (DataError, RunError, ValueError) as error:

@@ -30,9 +30,7 @@ def lock(data_dir: Path) -> Iterator[None]:
 def _versions(folder: Path, pattern: str = '') -> list[Path]:
     """Complete copies in a folder, the newest last: TFDS gives a copy this name when it is complete."""
     found = [info.parent for info in folder.glob('*/dataset_info.json')]
-    found = [
-        path for path in found if re.fullmatch(r'\d+\.\d+\.\d+', path.name) and path.match(pattern or '*')
-    ]
+    found = [path for path in found if re.fullmatch(r'\d+\.\d+\.\d+', path.name) and path.match(pattern or '*')]
     return sorted(found, key=lambda path: [int(number) for number in path.name.split('.')])
 
 

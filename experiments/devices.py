@@ -21,7 +21,7 @@ MODES = ('auto', 'pmap', 'none')
 class Devices:
     """The devices of a run. `axis_name` is set under pmap, `mesh` otherwise."""
 
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Any, ...]  # of jax.Device
     axis_name: str | None
     mesh: Mesh | None
 
@@ -30,9 +30,7 @@ class Devices:
         if self.axis_name is None:
             return jax.jit(step, donate_argnums=0)
         step = partial(step, axis_name=self.axis_name)
-        return jax.pmap(
-            step, self.axis_name, in_axes=(0, 0, 0, None), donate_argnums=0, devices=list(self.devices)
-        )
+        return jax.pmap(step, self.axis_name, in_axes=(0, 0, 0, None), donate_argnums=0, devices=list(self.devices))
 
     def place_state(self, state: Any) -> Any:
         if self.mesh is None:
@@ -68,6 +66,4 @@ def choose(parallel: str) -> Devices:
     if parallel == 'pmap':
         return Devices(local, axis_name='data', mesh=None)
     used = local if parallel == 'auto' else local[:1]
-    return Devices(
-        used, axis_name=None, mesh=jax.make_mesh((len(used),), ('data',), (AxisType.Auto,), devices=used)
-    )
+    return Devices(used, axis_name=None, mesh=jax.make_mesh((len(used),), ('data',), (AxisType.Auto,), devices=used))

@@ -28,17 +28,13 @@ def draw_features(path: Path, arms: dict[str, Snapshot], class_names: Sequence[s
     for column, plane, (arm, snapshot) in zip(grid.T, planes, arms.items(), strict=True):
         window = window_of(plane, [snapshot], ('train', 'test'))
         Panel(column[0], plane, window, class_names).show(snapshot, 'train', f'{arm}, train set')
-        Panel(column[1], plane, window, class_names).show(
-            snapshot, 'test', f'{arm}, test set\n{numbers_of(snapshot)}'
-        )
+        Panel(column[1], plane, window, class_names).show(snapshot, 'test', f'{arm}, test set\n{numbers_of(snapshot)}')
     _lay_out_for_good(figure)
     figure.savefig(path)
     return figure
 
 
-def animate_features(
-    path: Path, history: dict[str, list[Snapshot]], class_names: Sequence[str], *, title: str
-) -> None:
+def animate_features(path: Path, history: dict[str, list[Snapshot]], class_names: Sequence[str], *, title: str) -> None:
     """Writes a GIF of the test set through the epochs, the arms side by side, in windows that stand still.
 
     Train features are asked of each arm's last snapshot only, for the projection; the others may have none.

@@ -23,9 +23,7 @@ def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
     """
     roots = {split: folder / split for split in ('train', 'test')}
     divided = all(root.is_dir() and _classes(root) for root in roots.values())
-    splits = (
-        {split: _classes(root) for split, root in roots.items()} if divided else {'train': _classes(folder)}
-    )
+    splits = {split: _classes(root) for split, root in roots.items()} if divided else {'train': _classes(folder)}
     train = splits['train']
     if len(train) < 2:
         found = f'only {next(iter(train))}/' if train else 'none'
@@ -68,12 +66,8 @@ def _classes(root: Path) -> dict[str, list[Path]]:
 def _check_same_classes(folder: Path, splits: Splits) -> None:
     train, test = splits['train'].keys(), splits['test'].keys()
     if train != test:
-        alone = [f'train/{name}' for name in sorted(train - test)] + [
-            f'test/{name}' for name in sorted(test - train)
-        ]
-        raise DataError(
-            f'train/ and test/ of {folder} must have the same classes; only one of them has {_some(alone)}'
-        )
+        alone = [f'train/{name}' for name in sorted(train - test)] + [f'test/{name}' for name in sorted(test - train)]
+        raise DataError(f'train/ and test/ of {folder} must have the same classes; only one of them has {_some(alone)}')
 
 
 def _divide(folder: Path, classes: dict[str, list[Path]]) -> Splits:

@@ -85,14 +85,10 @@ def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, li
     if 2 * count < len(paths):
         size, count = FALLBACK_SIZE, sizes[FALLBACK_SIZE]
     if count < len(paths):
-        notes.append(
-            f'{len(paths) - count} of {len(paths)} images were stretched to {size[0]}x{size[1]} pixels'
-        )
+        notes.append(f'{len(paths) - count} of {len(paths)} images were stretched to {size[0]}x{size[1]} pixels')
     mode = 'RGB' if modes['RGB'] else 'L'
     if mode == 'RGB' and modes['L']:
-        notes.append(
-            f'{modes["L"]} of {len(paths)} images are grey among coloured ones and were made coloured'
-        )
+        notes.append(f'{modes["L"]} of {len(paths)} images are grey among coloured ones and were made coloured')
     if transparent:
         notes.append(f'{transparent} of {len(paths)} images have transparent parts, which were laid on white')
     return size, mode, notes

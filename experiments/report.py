@@ -108,9 +108,7 @@ def write_report(
         charts=sorted(charts, key=lambda chart: _rank(chart.column)),
         drawing=curves,
         meanings={
-            key: MEASURES[key][1]
-            for key in _in_order({*measures, *(c.column for c in charts)})
-            if key in MEASURES
+            key: MEASURES[key][1] for key in _in_order({*measures, *(c.column for c in charts)}) if key in MEASURES
         },
         settings={key: value for key, value in config.items() if not isinstance(value, Mapping)},
         tables={key: value for key, value in config.items() if isinstance(value, Mapping)},

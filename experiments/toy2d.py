@@ -135,7 +135,9 @@ def train(
     batches = train_batches(data.train, config.batch_size, config.seed)
     steps = -(-len(data.train) // config.batch_size)
     weight = jnp.float32(center_weight)
-    history: list[Snapshot] = []
+    one = devices.one(state)
+    test = evaluate(one, data.test, devices)
+    history = [snapshot(0, one, test, data.num_classes)]
     progress.start(arm, config.epochs * steps)
     for epoch in range(1, config.epochs + 1):
         report = partial(progress.report, (epoch - 1) * steps)
@@ -150,9 +152,7 @@ def train(
         'train_seconds': time.perf_counter() - start,
     }
     shown = evaluate(one, sample(data.train), devices)
-    history[-1] = dataclasses.replace(
-        history[-1], train_features=shown.features, train_labels=shown.labels
-    )
+    history[-1] = dataclasses.replace(history[-1], train_features=shown.features, train_labels=shown.labels)
     return history, summary
 
 
@@ -193,9 +193,7 @@ def table(summary: dict[str, dict[str, Any]]) -> Table:
     return rows
 
 
-def draw(
-    config: Config, data: Dataset, history: dict[str, list[Snapshot]], summary: dict[str, Any], run: Run
-) -> None:
+def draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summary: dict[str, Any], run: Run) -> None:
     """Draws the pictures and writes the page."""
     arms = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     named = {arms[arm]: snapshots for arm, snapshots in history.items()}

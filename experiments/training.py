@@ -18,14 +18,17 @@ from experiments.models import Classifier
 
 
 def create_state(
-    model: Classifier, image_shape: tuple[int, ...], seed: int, learning_rate: float, alpha: float, devices: Devices
+    model: Classifier,
+    image_shape: tuple[int, ...],
+    seed: int,
+    learning_rate: float,
+    alpha: float,
+    devices: Devices,
 ) -> TrainState:
     """A stock TrainState whose params hold the network's parameters and, beside them, the centers."""
     images, labels = jnp.zeros((1, *image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(seed), images, labels)
-    tx = clj.with_centers(
-        optax.adam(learning_rate), alpha=alpha, axis_name=devices.axis_name, mesh=devices.mesh
-    )
+    tx = clj.with_centers(optax.adam(learning_rate), alpha=alpha, axis_name=devices.axis_name, mesh=devices.mesh)
     params = {'params': variables['params'], 'centers': variables['centers']}
     return devices.place_state(TrainState.create(apply_fn=model.apply, params=params, tx=tx))
 
@@ -64,15 +67,12 @@ def train_step(
         accuracy = mean((counted & (logits.argmax(-1) == labels)).sum() / count)
         return softmax + center_weight * center, (rows, softmax, center, accuracy)
 
-    (_, (rows, softmax, center, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params['params']
-    )
+    (_, (rows, softmax, center, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params['params'])
     grads = mean(grads)
     state = state.apply_gradients(grads={'params': grads, 'centers': {'center': {'centers': rows}}})
-    centers = state.opt_state.inner_states['centers'].inner_state
-    return state, Metrics(
-        softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.left_out
-    )
+    opt_state: Any = state.opt_state
+    centers = opt_state.inner_states['centers'].inner_state
+    return state, Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.left_out)
 
 
 def train_epoch(
@@ -84,9 +84,9 @@ def train_epoch(
     devices: Devices,
     report: Callable[[int, Metrics, float], None],
 ) -> tuple[TrainState, dict[str, float]]:
-    """Runs `steps` steps; `report` is told (steps done, latest metrics, steps a second) a few times a second.
+    """Runs `steps` steps, and a few times a second tells `report` steps done, latest metrics, steps a second.
 
-    Returns the state and the epoch's metrics: means over its examples, and for `rows_left_out` the total so far.
+    Returns the state and the epoch's metrics: means over its examples, and the rows left out so far.
     """
     start = told = time.perf_counter()
     history, counts = [], []

@@ -53,9 +53,7 @@ def _shard_map(check_vma):
             return jax.tree.map(lambda a: a[None], out)
 
         specs = (jax.P('batch'), jax.P())
-        mapped = jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=jax.P('batch'), check_vma=check_vma
-        )
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P('batch'), check_vma=check_vma)
         return jax.jit(mapped)
 
     return over

@@ -49,9 +49,7 @@ def make_problem(
 # Few sizes and many values: a size costs a compilation.
 _sizes = [((), 5, 3), ((7,), 5, 3), ((7,), 1, 4), ((2, 3), 5, 1), ((2, 1, 4), 5, 3)]
 problems = st.builds(
-    lambda sizes, **kwargs: make_problem(
-        leading=sizes[0], num_classes=sizes[1], num_features=sizes[2], **kwargs
-    ),
+    lambda sizes, **kwargs: make_problem(leading=sizes[0], num_classes=sizes[1], num_features=sizes[2], **kwargs),
     sizes=st.sampled_from(_sizes),
     seed=st.integers(0, 2**32 - 1),
     masked=st.booleans(),

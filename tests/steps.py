@@ -14,6 +14,12 @@ from flax.training import train_state
 import centerloss_jax as clj
 
 
+def update(transform: Any, grads: Any, state: Any, model: Any) -> Any:
+    """`(model, state)` after one step of an optax transform. Any, since optax's types do not know rows."""
+    updates, state = transform.update(grads, state, model)
+    return optax.apply_updates(model, updates), state
+
+
 class Batch(NamedTuple):
     images: Any  # [B, 6]
     labels: Any  # [B], negative where an example only fills the batch up
@@ -81,9 +87,7 @@ def linen_step(state, images, labels, *, center_weight=1.0, axis_name=None):
             'centers': state.params['centers'],
             'batch_stats': state.batch_stats,
         }
-        (logits, center, rows), changed = state.apply_fn(
-            variables, images, labels, train=True, mutable=['batch_stats']
-        )
+        (logits, center, rows), changed = state.apply_fn(variables, images, labels, train=True, mutable=['batch_stats'])
         loss = softmax_loss(logits, labels, axis_name) + center_weight * center
         if axis_name is not None:
             loss = jax.lax.pmean(loss, axis_name)

@@ -1,6 +1,7 @@
 """alpha of center_update: a number, a schedule or a hyperparameter, and nobody's learning rate."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,22 @@ import optax
 import oracle
 import pytest
 from problems import make_problem
+from steps import update
 
 import centerloss_jax as clj
 
 
-def trajectory(transform, steps=4, dtype=np.float64):
+def trajectory(transform, steps=4, dtype: Any = np.float64) -> Any:
     """The centers after each step on one batch, which moves them by the alpha of that step."""
     x, centers, labels, _ = make_problem(dtype=dtype)
     state, out = transform.init(centers), []
-    update = jax.jit(transform.update)
+
+    @jax.jit
+    def step(centers, state):
+        return update(transform, clj.center_rows(x, centers, labels), state, centers)
+
     for _ in range(steps):
-        updates, state = update(clj.center_rows(x, centers, labels), state, centers)
-        centers = optax.apply_updates(jnp.asarray(centers), updates)
+        centers, state = step(centers, state)
         out.append(centers)
     return out, state
 
@@ -94,25 +99,22 @@ def test_injected_as_a_hyperparameter(alpha):
 def test_an_injected_alpha_may_be_set_between_steps():
     x, centers, labels, _ = make_problem(dtype=np.float32)
     transform = optax.inject_hyperparams(clj.center_update)(alpha=0.5)
-    state = transform.init(centers)
+    state: Any = transform.init(centers)
     state.hyperparams['alpha'] = jnp.float32(0.125)
-    updates, _ = transform.update(clj.center_rows(x, centers, labels), state, centers)
-    expected = oracle.center_update(x, centers, labels, 0.125)
-    np.testing.assert_allclose(optax.apply_updates(jnp.asarray(centers), updates), expected, rtol=1e-5)
+    moved, _ = update(transform, clj.center_rows(x, centers, labels), state, jnp.asarray(centers))
+    np.testing.assert_allclose(moved, oracle.center_update(x, centers, labels, 0.125), rtol=1e-5)
 
 
 def test_centers_follow_their_own_schedule_and_params_theirs():
     x, centers, labels, _ = make_problem(dtype=np.float32)
     params = {'params': jnp.float32(0), 'centers': jnp.asarray(centers)}
     rate = optax.linear_schedule(0.5, 0.0, 2)
-    transform = clj.with_centers(optax.sgd(rate), alpha=optax.linear_schedule(0.0, 1.0, 4))
+    alpha: Any = optax.linear_schedule(0.0, 1.0, 4)
+    transform = clj.with_centers(optax.sgd(rate), alpha)
     state = transform.init(params)
-    for step, (rate, expected) in enumerate(
-        zip([0.5, 0.25, 0.0], expected_trajectory([0.0, 0.25, 0.5]), strict=True)
-    ):
+    for step, (rate, expected) in enumerate(zip([0.5, 0.25, 0.0], expected_trajectory([0.0, 0.25, 0.5]), strict=True)):
         rows = clj.center_rows(x, params['centers'], labels)
-        updates, state = transform.update({'params': jnp.float32(1), 'centers': rows}, state, params)
-        new = optax.apply_updates(params, updates)
+        new, state = update(transform, {'params': jnp.float32(1), 'centers': rows}, state, params)
         assert new['params'] == params['params'] - rate, step
         np.testing.assert_allclose(new['centers'], expected, rtol=1e-5, atol=1e-6)
         params = new
@@ -123,7 +125,6 @@ def test_without_a_learning_rate_params_stay_and_centers_move(worked_example):
     rows = clj.center_rows(worked_example.x, worked_example.centers, worked_example.labels)
     transform = clj.with_centers(optax.sgd(0.0), alpha=0.5)
     grads = {'params': {'kernel': jnp.full(3, 7.0)}, 'centers': rows}
-    updates, _ = transform.update(grads, transform.init(params), params)
-    new = optax.apply_updates(params, updates)
+    new, _ = update(transform, grads, transform.init(params), params)
     np.testing.assert_array_equal(new['params']['kernel'], np.ones(3))
     np.testing.assert_allclose(new['centers'], worked_example.moved, rtol=1e-6)

@@ -55,9 +55,7 @@ WRONG_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ('changed', 'error', 'message'), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys()
-)
+@pytest.mark.parametrize(('changed', 'error', 'message'), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys())
 @pytest.mark.parametrize('function', [clj.center_loss, clj.center_rows, clj.center_loss_and_rows])
 @pytest.mark.parametrize('traced', [False, True], ids=['eager', 'traced'])
 def test_wrong_arguments_are_named(function, changed, error, message, traced):

@@ -11,7 +11,7 @@ import oracle
 import pytest
 from flax import jax_utils
 from problems import make_problem
-from steps import center_state, linen_state, linen_step, make_batch
+from steps import center_state, linen_state, linen_step, make_batch, update
 
 import centerloss_jax as clj
 
@@ -22,8 +22,7 @@ def local_step(batch, table):
     """The table and the update's state after one step, as each device has them."""
     x, labels = batch
     rows = clj.center_rows(x, table, labels)
-    updates, state = TRANSFORM.update(rows, TRANSFORM.init(table), table)
-    return optax.apply_updates(table, updates), state
+    return update(TRANSFORM, rows, TRANSFORM.init(table), table)
 
 
 def test_two_devices_with_one_class_make_the_move_of_the_whole_batch(per_device):
@@ -106,8 +105,7 @@ def test_a_mesh_of_two_axes_may_name_both():
     transform = clj.center_update(0.5, axis_name=('data', 'more'))
 
     def step(x, labels, table):
-        updates, state = transform.update(clj.center_rows(x, table, labels), transform.init(table), table)
-        return optax.apply_updates(table, updates), state
+        return update(transform, clj.center_rows(x, table, labels), transform.init(table), table)
 
     mesh = jax.make_mesh((4, 2), ('data', 'more'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     batch = jax.P(('data', 'more'))
@@ -121,8 +119,7 @@ def test_a_forgotten_axis_name_is_an_error_under_the_replication_check():
     transform = clj.center_update(0.5)
 
     def step(x, labels, table):
-        updates, _ = transform.update(clj.center_rows(x, table, labels), transform.init(table), table)
-        return optax.apply_updates(table, updates)
+        return update(transform, clj.center_rows(x, table, labels), transform.init(table), table)[0]
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ('batch',))
     specs = jax.P('batch'), jax.P('batch'), jax.P()
@@ -133,31 +130,29 @@ def test_a_forgotten_axis_name_is_an_error_under_the_replication_check():
 
 def update_of_centers(axis_name):
     transform = clj.center_update(0.5, axis_name=axis_name)
-    return lambda rows, table: transform.update(rows, transform.init(table), table)[0]
+    return lambda rows, table: update(transform, rows, transform.init(table), table)
 
 
 def update_of_a_model(axis_name):
     transform = clj.with_centers(optax.sgd(0.1), axis_name=axis_name)
 
-    def update(rows, table):
+    def step(rows, table):
         model = {'params': jnp.ones(2), 'centers': table}
-        return transform.update({'params': jnp.ones(2), 'centers': rows}, transform.init(model), model)[0]
+        return update(transform, {'params': jnp.ones(2), 'centers': rows}, transform.init(model), model)
 
-    return update
+    return step
 
 
-@pytest.mark.parametrize(
-    'make', [update_of_centers, update_of_a_model], ids=['center_update', 'with_centers']
-)
+@pytest.mark.parametrize('make', [update_of_centers, update_of_a_model], ids=['center_update', 'with_centers'])
 class TestUnboundAxisName:
     rows, table = clj.RowUpdates(jnp.arange(3), jnp.ones((3, 2))), jnp.zeros((4, 2))
 
     @pytest.mark.parametrize('axis_name', ['batch', ('batch', 'more')], ids=str)
     @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
     def test_on_one_device_is_an_error(self, make, axis_name, jit):
-        update = make(axis_name)
+        step = make(axis_name)
         with pytest.raises(NameError, match=r"axis_name=.*'batch'"):
-            (jax.jit(update) if jit else update)(self.rows, self.table)
+            (jax.jit(step) if jit else step)(self.rows, self.table)
 
     @pytest.mark.parametrize('axis_name', ['btach', ('batch', 'mroe')], ids=str)
     def test_with_a_typo_is_an_error_inside_of_another_axis(self, make, axis_name):

@@ -1,12 +1,14 @@
 """Every public function and whole train steps lower for GPUs and TPUs, on a machine that has neither."""
 
+from typing import Any
+
 import jax
 import jax.export
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from steps import linen_state, linen_step, make_batch, nnx_pair, nnx_step
+from steps import linen_state, linen_step, make_batch, nnx_pair, nnx_step, update
 
 import centerloss_jax as clj
 
@@ -20,17 +22,16 @@ def lowered_for_both(function, *arguments):
 
 def table_step(x, table, labels):
     rows = clj.center_rows(x, table, labels)
-    transform = clj.center_update(optax.linear_schedule(1.0, 0.0, 10))
-    updates, state = transform.update(rows, transform.init(table), table)
-    return optax.apply_updates(table, updates), state
+    schedule: Any = optax.linear_schedule(1.0, 0.0, 10)
+    transform = clj.center_update(schedule)
+    return update(transform, rows, transform.init(table), table)
 
 
 def model_step(x, table, labels):
     model = {'params': jnp.ones(3), 'centers': table}
     transform = clj.with_centers(optax.adam(1e-3))
     rows = clj.concatenate_rows(*[clj.center_rows(x, table, labels)] * 2)
-    updates, state = transform.update({'params': jnp.ones(3), 'centers': rows}, transform.init(model), model)
-    return optax.apply_updates(model, updates), state
+    return update(transform, {'params': jnp.ones(3), 'centers': rows}, transform.init(model), model)
 
 
 def statistics(x, table, labels):

@@ -206,9 +206,7 @@ def test_labels_are_compared_in_their_own_dtype(case, where):
     centers = np.arange(1, 2 * num_classes + 1, dtype=np.float32).reshape(num_classes, 2)
     counted = where & np.array([int(label) >= 0 for label in labels])
     wrong = counted & np.array([int(label) >= num_classes for label in labels])
-    expected = oracle.per_example(
-        X, centers, np.where(counted & ~wrong, labels, 0).astype(int), where=counted
-    )
+    expected = oracle.per_example(X, centers, np.where(counted & ~wrong, labels, 0).astype(int), where=counted)
     expected = np.where(wrong, np.nan, np.where(counted, expected, 0))
 
     per_example = partial(clj.center_loss, reduce_fn=None, where=where)

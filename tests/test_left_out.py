@@ -57,9 +57,7 @@ def test_a_center_of_left_out_examples_may_hold_anything(content):
     labels[labels == 1] = 0
     labels[[2, 5]] = 1
     where = labels != 1
-    expected, expected_gradients = jax.value_and_grad(clj.center_loss, (0, 1))(
-        x, centers, labels, where=where
-    )
+    expected, expected_gradients = jax.value_and_grad(clj.center_loss, (0, 1))(x, centers, labels, where=where)
     centers[1] = content
     loss, gradients = jax.value_and_grad(clj.center_loss, (0, 1))(x, centers, labels, where=where)
     assert loss == expected
@@ -77,9 +75,7 @@ NOTHING_COUNTED = {
 }
 
 
-@pytest.mark.parametrize(
-    ('leading', 'labels', 'options'), NOTHING_COUNTED.values(), ids=NOTHING_COUNTED.keys()
-)
+@pytest.mark.parametrize(('leading', 'labels', 'options'), NOTHING_COUNTED.values(), ids=NOTHING_COUNTED.keys())
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
 def test_nothing_counted_is_zero_with_zero_gradients(leading, labels, options, jit):
     x, centers, *_ = make_problem(leading=leading, dtype=np.float32)

@@ -1,6 +1,7 @@
 """linen.CenterLoss in a model and its stock TrainState."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import optax
 import oracle
 import pytest
 from flax import linen as nn
-from steps import center_state, linen_state, linen_step, linen_table, make_batch
+from steps import center_state, linen_state, linen_step, linen_table, make_batch, update
 
 import centerloss_jax as clj
 
@@ -60,7 +61,7 @@ class TestModule:
     def test_initializer_and_dtype(self, dtype):
         center = clj.linen.CenterLoss(500, centers_init=nn.initializers.normal(2.0), dtype=dtype)
         variables = center.init(jax.random.key(0), self.x, self.labels)
-        table = variables['centers']['centers']
+        table: Any = variables['centers']['centers']
         chex.assert_shape(table, (500, 2))
         chex.assert_type(table, dtype)
         np.testing.assert_allclose(jnp.std(table.astype(jnp.float32)), 2.0, rtol=0.1)
@@ -105,22 +106,24 @@ class TestStep:
         (*_, rows), _ = state.apply_fn(variables, images, labels, train=True, mutable=['batch_stats'])
         return rows
 
+    @staticmethod
+    def collections(state):
+        """As NumPy arrays, which no donation takes away."""
+        return jax.tree.map(np.asarray, {**state.params, 'batch_stats': state.batch_stats})
+
     @both_models
     def test_training_needs_only_batch_stats_mutable_and_evaluation_no_centers(self, batch_norm):
         batch, state = make_batch(), linen_state(batch_norm=batch_norm)
         step, losses = jax.jit(linen_step, donate_argnums=0), []
         for _ in range(30):
-            before = jax.tree.map(np.asarray, state.params | {'batch_stats': state.batch_stats})
+            before = self.collections(state)
             inference(state, batch.images)
-            unchanged = state.params | {'batch_stats': state.batch_stats}
-            chex.assert_trees_all_equal(before, unchanged)
+            chex.assert_trees_all_equal(self.collections(state), before)
             state, loss = step(state, *batch)
-            after = state.params | {'batch_stats': state.batch_stats}
+            after = self.collections(state)
             for collection in before:
-                for old, new in zip(
-                    *map(jax.tree.leaves, (before[collection], after[collection])), strict=True
-                ):
-                    assert np.any(old != np.asarray(new)), collection
+                for old, new in zip(*map(jax.tree.leaves, (before[collection], after[collection])), strict=True):
+                    assert np.any(old != new), collection
             losses.append(float(loss))
         assert losses[-1] < 0.7 * losses[0]
 
@@ -148,8 +151,7 @@ class TestStep:
     def test_centers_do_not_depend_on_the_weight_of_the_loss(self):
         batch = make_batch()
         weak, strong = (
-            jax.jit(partial(linen_step, center_weight=weight))(linen_state(), *batch)[0]
-            for weight in (1e-4, 10.0)
+            jax.jit(partial(linen_step, center_weight=weight))(linen_state(), *batch)[0] for weight in (1e-4, 10.0)
         )
         np.testing.assert_array_equal(linen_table(weak), linen_table(strong))
         assert np.any(linen_table(weak) != 0)
@@ -183,10 +185,10 @@ def test_the_module_may_be_deep_in_the_model_and_used_twice():
     images, labels = make_batch()
     variables = Model().init(jax.random.key(0), images, labels)
     transform = clj.with_centers(optax.sgd(0.1))
-    (_, rows), params = Model().apply(variables, images, labels), variables['params']
-    grads = {'params': params, 'centers': {'head': {'center': {'centers': rows}}}}
-    updates, state = transform.update(grads, transform.init(variables), variables)
-    moved = optax.apply_updates(variables, updates)['centers']['head']['center']['centers']
+    rows: Any = Model().apply(variables, images, labels)[1]
+    grads = {'params': variables['params'], 'centers': {'head': {'center': {'centers': rows}}}}
+    new, state = update(transform, grads, transform.init(variables), variables)
+    moved = new['centers']['head']['center']['centers']
     expected = oracle.center_update(-rows.values, np.zeros((5, 3)), np.tile(labels, 2), 0.5)
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
     assert center_state(state).left_out == 0

@@ -20,17 +20,13 @@ import centerloss_jax as clj
     [
         pytest.param(jnp.mean, 4.75, id='mean over the batch'),
         pytest.param(jnp.sum, 19.0, id='sum'),
-        pytest.param(
-            lambda per_example: per_example.sum() / 2, 9.5, id='the sum with a half, as in the paper'
-        ),
+        pytest.param(lambda per_example: per_example.sum() / 2, 9.5, id='the sum with a half, as in the paper'),
         pytest.param(jnp.max, 8.0, id='max'),
         pytest.param(None, [5.0, 5.0, 1.0, 8.0], id='per example'),
     ],
 )
 def test_value_has_no_half_and_is_a_mean_over_examples(worked_example, reduce_fn, expected):
-    loss = clj.center_loss(
-        worked_example.x, worked_example.centers, worked_example.labels, reduce_fn=reduce_fn
-    )
+    loss = clj.center_loss(worked_example.x, worked_example.centers, worked_example.labels, reduce_fn=reduce_fn)
     np.testing.assert_array_equal(loss, expected)
 
 
@@ -81,15 +77,11 @@ def test_value_and_gradients_are_exact_in_float64(problem):
 def test_per_example_values_are_exact_in_float64(problem):
     with jax.enable_x64(True):
         per_example = jax.jit(partial(clj.center_loss, reduce_fn=None))(*problem.arrays, **problem.options)
-    np.testing.assert_allclose(
-        per_example, oracle.per_example(*problem.arrays, **problem.options), rtol=1e-12
-    )
+    np.testing.assert_allclose(per_example, oracle.per_example(*problem.arrays, **problem.options), rtol=1e-12)
 
 
 def test_gradient_for_the_centers_is_that_of_the_mean(worked_example):
-    gradient = jax.grad(clj.center_loss, argnums=1)(
-        worked_example.x, worked_example.centers, worked_example.labels
-    )
+    gradient = jax.grad(clj.center_loss, argnums=1)(worked_example.x, worked_example.centers, worked_example.labels)
     np.testing.assert_array_equal(gradient, [[-1.5, -2.0], [0.5, 0.0], [-0.5, -1.0]])
 
 
@@ -111,9 +103,7 @@ def test_sequences_with_padded_steps():
     x = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
     centers = np.array([[0, 0], [1, 1], [2, 2]], np.float32)
     labels = np.array([[0, 1, -1], [2, 2, 0]])
-    np.testing.assert_array_equal(
-        clj.center_loss(x, centers, labels, reduce_fn=None), [[1, 5, 0], [41, 85, 221]]
-    )
+    np.testing.assert_array_equal(clj.center_loss(x, centers, labels, reduce_fn=None), [[1, 5, 0], [41, 85, 221]])
     np.testing.assert_allclose(clj.center_loss(x, centers, labels), 353 / 5, rtol=1e-7)
     gradient = jax.grad(clj.center_loss)(x, centers, labels)
     np.testing.assert_array_equal(gradient[0, 2], [0.0, 0.0])
@@ -198,9 +188,7 @@ def test_inside_jit_a_label_out_of_range_is_nan_for_that_example_alone(bad):
     expected = oracle.per_example(x, centers, labels, **options)
     expected[3] = np.nan
     np.testing.assert_allclose(per_example, expected, rtol=1e-5)
-    for got, mean_gradient in zip(
-        gradients, oracle.center_loss_gradients(x, centers, labels, **options), strict=True
-    ):
+    for got, mean_gradient in zip(gradients, oracle.center_loss_gradients(x, centers, labels, **options), strict=True):
         np.testing.assert_allclose(got, 6 * mean_gradient, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(gradients[0][3], np.zeros(3))
     np.testing.assert_array_equal(gradients[2][3], np.zeros(3))
@@ -232,9 +220,7 @@ def test_a_label_that_hits_a_pad_row_gives_a_loss_that_is_not_finite():
 @hypothesis.settings(max_examples=10)
 def test_loss_and_rows_are_those_of_the_two_functions(problem, reduce_fn):
     loss, rows = clj.center_loss_and_rows(*problem.arrays, **problem.options, reduce_fn=reduce_fn)
-    chex.assert_trees_all_equal(
-        loss, clj.center_loss(*problem.arrays, **problem.options, reduce_fn=reduce_fn)
-    )
+    chex.assert_trees_all_equal(loss, clj.center_loss(*problem.arrays, **problem.options, reduce_fn=reduce_fn))
     chex.assert_trees_all_equal(rows, clj.center_rows(*problem.arrays, **problem.options))
 
 

@@ -39,9 +39,7 @@ def test_devices_that_count_different_numbers_agree_with_one_device(per_device, 
 
     loss, (for_centers, _) = per_device(data_parallel_step, (x, labels, where), (centers, np.float32(1)))
     np.testing.assert_allclose(loss, [2, 2], rtol=1e-6)
-    _, expected, _ = oracle.center_loss_gradients(
-        x.reshape(4, 2), centers, labels.reshape(4), where=where.reshape(4)
-    )
+    _, expected, _ = oracle.center_loss_gradients(x.reshape(4, 2), centers, labels.reshape(4), where=where.reshape(4))
     for device in range(2):
         np.testing.assert_allclose(for_centers[device], expected, rtol=1e-6)
 
@@ -85,9 +83,7 @@ def test_loss_and_rows_take_the_axis_too(per_device):
 
     from_both, alone = per_device(both, (x, labels, options['where']), centers)
     np.testing.assert_array_equal(from_both, alone)
-    one_device = oracle.center_loss(
-        x.reshape(12, 3), centers, labels.reshape(12), where=options['where'].reshape(12)
-    )
+    one_device = oracle.center_loss(x.reshape(12, 3), centers, labels.reshape(12), where=options['where'].reshape(12))
     np.testing.assert_allclose(np.mean(alone), one_device, rtol=1e-5)
 
 
@@ -108,6 +104,4 @@ def test_axis_name_needs_the_mean(worked_example, loss_fn, reduce_fn):
 def test_an_axis_name_that_nothing_binds_is_an_error(worked_example, jit):
     loss_fn = partial(clj.center_loss, axis_name='btach')
     with pytest.raises((NameError, ValueError), match=r'axis_name.*btach'):
-        (jax.jit(loss_fn) if jit else loss_fn)(
-            worked_example.x, worked_example.centers, worked_example.labels
-        )
+        (jax.jit(loss_fn) if jit else loss_fn)(worked_example.x, worked_example.centers, worked_example.labels)

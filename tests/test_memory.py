@@ -5,6 +5,7 @@ repeats exactly, whatever else the machine does.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def batch(size=256, *leading):
     return shapes(((*leading, size, 6), jnp.float32), ((*leading, size), jnp.int32))
 
 
-def memory(jitted, *arguments):
+def memory(jitted, *arguments) -> Any:
     return jitted.lower(*arguments).compile().memory_analysis()
 
 
@@ -104,10 +105,8 @@ def table_step(loss_and_rows, table, state, x, labels):
 
 def table_program(loss_and_rows, num_classes):
     arrays = shapes(((num_classes, 512), jnp.float32), ((256, 512), jnp.float32), ((256,), jnp.int32))
-    state = jax.eval_shape(clj.center_update().init, None)
-    return memory(
-        jax.jit(partial(table_step, loss_and_rows), donate_argnums=0), arrays[0], state, *arrays[1:]
-    )
+    state = jax.eval_shape(clj.center_update().init, arrays[0])
+    return memory(jax.jit(partial(table_step, loss_and_rows), donate_argnums=0), arrays[0], state, *arrays[1:])
 
 
 @pytest.mark.parametrize('loss_and_rows', [one_lookup, two_lookups])
@@ -120,7 +119,5 @@ def test_temporaries_do_not_depend_on_the_number_of_classes(loss_and_rows):
 def test_a_dense_gradient_is_as_large_as_the_table():
     # What an ordinary optimizer needs, and what the tests above would see.
     arrays = shapes(((256, 64), jnp.float32), ((1_000_000, 64), jnp.float32), ((256,), jnp.int32))
-    step = jax.jit(
-        lambda x, table, labels: table - jax.grad(clj.center_loss, 1)(x, table, labels), donate_argnums=1
-    )
+    step = jax.jit(lambda x, table, labels: table - jax.grad(clj.center_loss, 1)(x, table, labels), donate_argnums=1)
     assert memory(step, *arrays).temp_size_in_bytes >= TABLE_BYTES

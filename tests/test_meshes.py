@@ -33,7 +33,7 @@ def make_arrays():
     x, table, labels, _ = make_problem(leading=(B,), num_classes=C, num_features=D, dtype=np.float32)
     labels[::7] = -1
     labels[:8], x[5] = -1, np.nan  # the first of eight devices counts nothing
-    return table, clj.center_update().init(None), x, labels
+    return table, clj.center_update().init(table), x, labels
 
 
 @pytest.fixture(scope='module')
@@ -128,9 +128,7 @@ def test_the_linen_step_on_a_mesh_is_that_of_one_device(spec):
     state = linen_state(optax.sgd(0.1), num_classes=16)
     expected, expected_loss = jax.jit(linen_step)(state, images, labels)
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-    layout = jax.tree.map(
-        lambda leaf: NamedSharding(mesh, spec if jnp.shape(leaf) == (16, 3) else P()), state
-    )
+    layout = jax.tree.map(lambda leaf: NamedSharding(mesh, spec if jnp.shape(leaf) == (16, 3) else P()), state)
     with jax.set_mesh(mesh):
         batch = jax.device_put((images, labels), NamedSharding(mesh, P('data')))
         got, loss = jax.jit(linen_step, donate_argnums=0)(jax.device_put(state, layout), *batch)

@@ -189,9 +189,7 @@ WRONG_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ('changed', 'error', 'message'), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys()
-)
+@pytest.mark.parametrize(('changed', 'error', 'message'), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys())
 def test_wrong_arguments_are_named(changed, error, message):
     arguments = {'x': X, 'centers': CENTERS} | changed
     x, centers = arguments.pop('x'), arguments.pop('centers')

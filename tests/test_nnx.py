@@ -1,6 +1,7 @@
 """nnx.CenterLoss in a model and its stock nnx.Optimizer, in Flax's graph mode and in its tree mode."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -94,7 +95,8 @@ class TestStep:
         model, optimizer = nnx_pair(alpha=0.5, graph=graph, batch_norm=batch_norm)
         model.center.centers[...] = jax.random.normal(jax.random.key(7), (5, 3))
         before = table(model)
-        features = before[np.maximum(labels, 0)] - model(images, labels)[2].values
+        rows: Any = model(images, labels)[2]
+        features = before[np.maximum(labels, 0)] - rows.values
         jit_nnx_step(graph=graph)(model, optimizer, images, labels)
         expected = oracle.center_update(features, before, labels, 0.5)
         np.testing.assert_allclose(table(model), expected, rtol=1e-5, atol=1e-5)
@@ -123,9 +125,10 @@ class TestStep:
 
         @partial(nnx.jit, donate_argnames=('model', 'optimizer'), graph=graph)
         @partial(chex.assert_max_traces, n=1)
-        def step(model, optimizer, images, labels):
+        def traced(model, optimizer, images, labels):
             return nnx_step(model, optimizer, images, labels, graph=graph)
 
+        step: Any = traced
         for seed, left_out in enumerate([(), (), (5, 6, 7), range(8)]):
             before, (images, labels) = table(model), make_batch(seed, left_out=left_out)
             assert np.isfinite(step(model, optimizer, images, labels))
@@ -239,8 +242,8 @@ class TwoTables(NnxModel):
         self.other = clj.nnx.CenterLoss(4, 6, rngs=rngs)
 
 
-# In tree mode the gradients hold one for the forgotten table too, and an optimizer without a state, as sgd, would
-# take it for a parameter's. A state of params does not have it.
+# In tree mode the gradients hold one for the forgotten table too, and an optimizer without a state, as sgd,
+# would take it for a parameter's. A state of params does not have it.
 @pytest.mark.parametrize(
     ('optimizer', 'place', 'graph'),
     [

@@ -1,5 +1,6 @@
 """with_centers: one optax transform for a model's parameters and its centers, in whatever tree they come."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -13,6 +14,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 from flax.training.train_state import TrainState
 from problems import make_problem
+from steps import center_state, update
 
 import centerloss_jax as clj
 
@@ -28,9 +30,7 @@ class Model(NamedTuple):
 
 def _variables(params, centers):
     # A model's whole state by its modules, where only the type of a leaf tells centers from parameters.
-    return nnx.State(
-        {'layer': {'kernel': nnx.Param(params)}, 'center': {'centers': clj.nnx.Centers(centers)}}
-    )
+    return nnx.State({'layer': {'kernel': nnx.Param(params)}, 'center': {'centers': clj.nnx.Centers(centers)}})
 
 
 TREES = {
@@ -61,28 +61,26 @@ def test_params_move_by_the_optimizer_and_centers_by_eq_4_in_any_tree(tree, jit)
     params, gradient = jnp.arange(4.0), jnp.ones(4)
     transform = clj.with_centers(optax.sgd(0.5))
     model = tree(params, jnp.asarray(CENTERS))
-    state = transform.init(model)
-    update = jax.jit(transform.update) if jit else transform.update
-    updates, state = update(tree(gradient, ROWS), state, model)
-    new = optax.apply_updates(model, updates)
+    step = partial(update, transform)
+    new, state = (jax.jit(step) if jit else step)(tree(gradient, ROWS), transform.init(model), model)
 
     assert jax.tree.structure(new) == jax.tree.structure(model)
     expected = tree(params - 0.5, MOVED.astype(np.float32))
     chex.assert_trees_all_close(new, expected, rtol=1e-5, atol=1e-6)
-    assert state.inner_states['centers'].inner_state.count == 1
+    assert center_state(state).count == 1
 
 
 @pytest.mark.parametrize('as_container', [dict, freeze], ids=['dict', 'FrozenDict'])
 def test_in_a_stock_train_state(as_container):
-    params = as_container(
-        {'params': {'kernel': jnp.arange(4.0)}, 'centers': {'centers': jnp.asarray(CENTERS)}}
-    )
+    params = as_container({'params': {'kernel': jnp.arange(4.0)}, 'centers': {'centers': jnp.asarray(CENTERS)}})
     state = TrainState.create(apply_fn=None, params=params, tx=clj.with_centers(optax.adam(0.1)))
     grads = as_container({'params': {'kernel': jnp.ones(4)}, 'centers': {'centers': ROWS}})
     new = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))(state, grads)
+    expected = as_container(
+        {'params': {'kernel': jnp.arange(4) - 0.1}, 'centers': {'centers': MOVED.astype(np.float32)}}
+    )
     assert isinstance(new.params, FrozenDict if as_container is freeze else dict)
-    np.testing.assert_allclose(new.params['params']['kernel'], np.arange(4) - 0.1, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(new.params['centers']['centers'], MOVED, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(new.params, expected, rtol=1e-4, atol=1e-6)
     assert new.step == 1
 
 
@@ -110,8 +108,7 @@ def test_no_optimizer_state_grows_with_the_number_of_classes(optimizer, tree):
 def test_weight_decay_is_for_params_alone():
     model = {'params': jnp.ones(4), 'centers': jnp.asarray(CENTERS)}
     transform = clj.with_centers(optax.adamw(1e-2, weight_decay=0.5))
-    updates, _ = transform.update({'params': jnp.zeros(4), 'centers': ROWS}, transform.init(model), model)
-    new = optax.apply_updates(model, updates)
+    new, _ = update(transform, {'params': jnp.zeros(4), 'centers': ROWS}, transform.init(model), model)
     np.testing.assert_allclose(new['params'], np.full(4, 0.995), rtol=1e-6)
     np.testing.assert_allclose(new['centers'], MOVED, rtol=1e-5, atol=1e-6)
 
@@ -181,8 +178,14 @@ def test_forgotten_rows_are_an_error(grads, error, message, jit):
         (jax.jit(step) if jit else step)(state)
 
 
+# Any, since chex annotates a decorator as an object and a variant as a function that never returns.
+variants: Any = chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+
+
 class ShapesTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    variant: Any
+
+    @variants
     def test_update(self):
         transform = clj.with_centers(optax.adam(1e-3))
         model = {'params': {'kernel': jnp.ones((4, 6))}, 'centers': jnp.ones((5, 3))}

@@ -1,5 +1,8 @@
 """Arithmetic on gradients beside centers: inside with_centers it works, around it no center moves wrongly."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import oracle
 import pytest
 from problems import make_problem
+from steps import center_state, update
 
 import centerloss_jax as clj
 
@@ -17,12 +21,11 @@ MODEL = {'params': jnp.zeros(4), 'centers': jnp.asarray(CENTERS)}
 GRADS = {'params': jnp.array([3.0, 0.0, 4.0, 0.0]), 'centers': ROWS}
 
 
-def take_steps(transform, *all_grads):
+def take_steps(transform, *all_grads) -> Any:
     """The model after each step. Rows are those of the first step: what is asked is where they go."""
     model, state, models = MODEL, transform.init(MODEL), []
     for grads in all_grads:
-        updates, state = transform.update(grads, state, model)
-        model = optax.apply_updates(model, updates)
+        model, state = update(transform, grads, state, model)
         models.append(model)
     return models, state
 
@@ -31,13 +34,12 @@ def test_clipping_inside_measures_the_params_alone():
     transform = clj.with_centers(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)))
     (model,), _ = take_steps(transform, GRADS)
     np.testing.assert_allclose(model['params'], [-0.6, 0, -0.8, 0], rtol=1e-6)
-    np.testing.assert_allclose(
-        model['centers'], oracle.center_update(X, CENTERS, LABELS, 0.5), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(model['centers'], oracle.center_update(X, CENTERS, LABELS, 0.5), rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_inside_moves_centers_at_every_micro_step():
-    transform = clj.with_centers(optax.MultiSteps(optax.sgd(1.0), 2))
+    accumulate: Any = optax.MultiSteps(optax.sgd(1.0), 2)
+    transform = clj.with_centers(accumulate)
     other = {**GRADS, 'params': 3 * GRADS['params']}
     (first, second), state = take_steps(transform, GRADS, other)
     np.testing.assert_array_equal(first['params'], np.zeros(4))
@@ -46,7 +48,7 @@ def test_accumulation_inside_moves_centers_at_every_micro_step():
     move = oracle.center_update(X, CENTERS, LABELS, 0.5) - CENTERS
     np.testing.assert_allclose(first['centers'], CENTERS + move, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(second['centers'], CENTERS + 2 * move, rtol=1e-5, atol=1e-6)
-    assert state.inner_states['centers'].inner_state.count == 2
+    assert center_state(state).count == 2
 
 
 def test_passes_that_are_joined_are_one_batch():
@@ -71,7 +73,7 @@ def test_apply_if_finite_around_skips_a_bad_step_and_takes_the_next(content, pla
     np.testing.assert_array_equal(taken['params'], -GRADS['params'])
     expected = oracle.center_update(X, CENTERS, LABELS, 0.5)
     np.testing.assert_allclose(taken['centers'], expected, rtol=1e-5, atol=1e-6)
-    assert state.inner_state.inner_states['centers'].inner_state.count == 1
+    assert state.inner_center_state(state).count == 1
 
 
 def test_hyperparameters_of_both_can_be_injected():
@@ -159,10 +161,10 @@ def test_accumulation_around_is_an_error_that_names_the_rows(every):
 def test_two_trees_of_gradients_that_were_added_move_no_center_and_are_counted(jit):
     # 7 + 7 is 14, which is a class of the table.
     transform = clj.with_centers(optax.sgd(1.0))
-    update = jax.jit(transform.update) if jit else transform.update
-    updates, state = update(optax.tree.add(GRADS, GRADS), transform.init(MODEL), MODEL)
-    model = optax.apply_updates(MODEL, updates)
+    step = partial(update, transform)
+    added = optax.tree.add(GRADS, GRADS)
+    model, state = (jax.jit(step) if jit else step)(added, transform.init(MODEL), MODEL)
     np.testing.assert_array_equal(model['centers'], CENTERS)
     np.testing.assert_array_equal(model['params'], -2 * GRADS['params'])
     # All four: a sum no longer shows which row was that of an example without a label.
-    assert state.inner_states['centers'].inner_state.left_out == 4
+    assert center_state(state).left_out == 4

@@ -30,9 +30,7 @@ def jitted_sum(table, rows):
     return jax.jit(lambda table, rows: table + rows)(table, rows)
 
 
-both_sums = pytest.mark.parametrize(
-    'add', [lambda table, rows: table + rows, jitted_sum], ids=['eager', 'jit']
-)
+both_sums = pytest.mark.parametrize('add', [lambda table, rows: table + rows, jitted_sum], ids=['eager', 'jit'])
 both_tables = pytest.mark.parametrize('as_table', [np.asarray, jnp.asarray], ids=['numpy', 'jax'])
 
 
@@ -231,9 +229,7 @@ class TestCenterRows:
         assert all(leaf.size <= 18 for leaf in map(jnp.asarray, jax.tree.leaves(rows)))
 
     def test_classes_that_are_absent_stay_to_the_bit(self):
-        x, centers, labels, options = make_problem(
-            leading=(128,), num_classes=901, dtype=np.float32, masked=True
-        )
+        x, centers, labels, options = make_problem(leading=(128,), num_classes=901, dtype=np.float32, masked=True)
         moved = np.asarray(jnp.asarray(centers) + clj.center_rows(x, centers, labels, **options))
         present = np.isin(np.arange(901), labels[options['where']])
         np.testing.assert_array_equal(moved[~present], centers[~present])
@@ -318,9 +314,7 @@ class TestConcatenateRows:
     def test_may_be_joined_again(self):
         parts = make_rows(4, 0), make_rows(4, 16, seed=2), make_rows(9, seed=3)
         summed = jax.tree.map(jnp.add, make_rows(7, 3), make_rows(7, 4, seed=2))
-        nested = clj.concatenate_rows(
-            clj.concatenate_rows(parts[0], summed), clj.concatenate_rows(*parts[1:])
-        )
+        nested = clj.concatenate_rows(clj.concatenate_rows(parts[0], summed), clj.concatenate_rows(*parts[1:]))
         flat = clj.concatenate_rows(*parts)
         np.testing.assert_allclose(TABLE + nested, TABLE + flat, rtol=1e-6)
 

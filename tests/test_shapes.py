@@ -71,9 +71,7 @@ class ShapesTest(chex.TestCase):
     @leading_dimensions
     def test_nearest_center(self, leading):
         problem = make_problem(leading=leading, dtype=np.float32)
-        labels, distances = self.variant(partial(clj.nearest_center, block_size=2))(
-            problem.x, problem.centers
-        )
+        labels, distances = self.variant(partial(clj.nearest_center, block_size=2))(problem.x, problem.centers)
         chex.assert_shape([labels, distances], leading)
         chex.assert_type([labels, distances], [jnp.int32, jnp.float32])
 

@@ -226,9 +226,7 @@ WRONG_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ('changed', 'error', 'message'), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys()
-)
+@pytest.mark.parametrize(('changed', 'error', 'message'), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys())
 def test_wrong_arguments_are_named(changed, error, message):
     arguments = {'x': np.ones((4, 2), np.float32), 'labels': np.array([0, 2, 1, 0]), 'where': None} | changed
     with pytest.raises(error, match=message):

@@ -1,5 +1,7 @@
 """center_update takes rows and nothing else: arithmetic for gradients never moves another class's center."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,20 +52,27 @@ FLOAT_ARITHMETIC = {
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
 @pytest.mark.parametrize('arithmetic', INTEGER_ARITHMETIC.values(), ids=INTEGER_ARITHMETIC.keys())
 def test_rows_that_are_no_longer_rows_are_dropped_and_counted(arithmetic, jit):
-    rows = jax.tree.map(
-        lambda p, q: arithmetic(jnp.asarray(p), jnp.asarray(q)), make_rows(7, 3, 1), make_rows(7, 4, 2)
-    )
+    rows = jax.tree.map(lambda p, q: arithmetic(jnp.asarray(p), jnp.asarray(q)), make_rows(7, 3, 1), make_rows(7, 4, 2))
     moved, state = update(rows, jit)
     np.testing.assert_array_equal(moved, TABLE)
     assert state.left_out == 3
 
 
+@pytest.mark.parametrize('bound', [10, 10**4, 10**7, 10**9])
+def test_rows_of_a_large_table_that_were_clipped_are_dropped_and_counted(bound):
+    # No table at hand: whether such rows are within it does not save anybody.
+    rows = clj.RowUpdates(jnp.array([2**31 - 3, 7]), jnp.ones((2, 3)))
+    clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -bound, bound), rows)
+    transform: Any = clj.center_update(0.5)
+    updates, state = transform.update(clipped, transform.init(None))
+    np.testing.assert_array_equal(updates.values, np.zeros((2, 3)))
+    assert state.left_out == 2
+
+
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
 @pytest.mark.parametrize('arithmetic', FLOAT_ARITHMETIC.values(), ids=FLOAT_ARITHMETIC.keys())
 def test_rows_that_were_scaled_are_refused(arithmetic, jit):
-    rows = jax.tree.map(
-        lambda p, q: arithmetic(jnp.asarray(p), jnp.asarray(q)), make_rows(7, 3), make_rows(7, 4)
-    )
+    rows = jax.tree.map(lambda p, q: arithmetic(jnp.asarray(p), jnp.asarray(q)), make_rows(7, 3), make_rows(7, 4))
     with pytest.raises(TypeError, match=r'RowUpdates.*with_centers'):
         update(rows, jit)
 

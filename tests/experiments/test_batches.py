@@ -56,9 +56,7 @@ def test_a_restored_position_continues_exactly(steps):
 
     for restored in (train_batches(split, 4, seed=3), iterator):
         restored.set_state(state)
-        for (images, labels), (expected_images, expected_labels) in zip(
-            take(restored, 5), expected, strict=True
-        ):
+        for (images, labels), (expected_images, expected_labels) in zip(take(restored, 5), expected, strict=True):
             np.testing.assert_array_equal(images, expected_images)
             np.testing.assert_array_equal(labels, expected_labels)
 

@@ -16,9 +16,7 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
     data, target = load_digits(return_X_y=True)
     pixels = np.rint(data / 16 * 255).astype(int)
     expected = Counter((int(label), *image) for image, label in zip(pixels, target, strict=True))
-    assert (
-        Counter((int(label), *image.ravel()) for image, label in zip(images, labels, strict=True)) == expected
-    )
+    assert Counter((int(label), *image.ravel()) for image, label in zip(images, labels, strict=True)) == expected
 
 
 def test_a_fifth_of_each_digit_is_held_out_and_always_the_same(tmp_path):

@@ -158,9 +158,7 @@ def test_other_sets_are_one_clear_line(tmp_path):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ('name', 'suggestion'), [('mnits', 'mnist'), ('cifar-10', 'cifar10'), ('digit', 'digits')]
-)
+@pytest.mark.parametrize(('name', 'suggestion'), [('mnits', 'mnist'), ('cifar-10', 'cifar10'), ('digit', 'digits')])
 def test_an_unknown_name_is_one_line_with_the_names_that_are_near(tmp_path, name, suggestion):
     with pytest.raises(DataError, match=f'{name} is neither .* did you mean .*{suggestion}') as error:
         load(name, tmp_path)

@@ -31,10 +31,7 @@ def texts(figure) -> str:
 def frames(path) -> list[tuple[np.ndarray, int]]:
     """The grey values of each picture in a file, and for how many milliseconds it is shown."""
     with Image.open(path) as image:
-        return [
-            (np.asarray(f.convert('L'), int), f.info.get('duration', 0))
-            for f in ImageSequence.Iterator(image)
-        ]
+        return [(np.asarray(f.convert('L'), int), f.info.get('duration', 0)) for f in ImageSequence.Iterator(image)]
 
 
 def offsets(collection) -> np.ndarray:
@@ -70,9 +67,7 @@ def test_two_dimensions_are_drawn_as_they_are_with_equal_scales(tmp_path):
         np.testing.assert_array_equal(centers, arm.centers)
         features = arm.train_features if 'train' in axes.get_title() else arm.test_features
         assert sorted(points.tolist()) == sorted(features.astype(np.float64).tolist())
-        for low, high, values in zip(
-            *np.transpose([axes.get_xlim(), axes.get_ylim()]), points.T, strict=True
-        ):
+        for low, high, values in zip(*np.transpose([axes.get_xlim(), axes.get_ylim()]), points.T, strict=True):
             assert low < min(values.min(), 0)  # the origin is in sight
             assert values.max() < high
 
@@ -241,9 +236,7 @@ def test_nothing_finite_at_all_is_still_a_picture(tmp_path):
 
 def test_the_animation_has_every_epoch_and_holds_the_last(tmp_path):
     history = {arm: [snapshot(epoch=e, spread=1 / e) for e in range(1, 6)] for arm in ('softmax', 'center')}
-    none = dataclasses.replace(
-        history['center'][0], train_features=np.empty((0, 2)), train_labels=np.empty(0, int)
-    )
+    none = dataclasses.replace(history['center'][0], train_features=np.empty((0, 2)), train_labels=np.empty(0, int))
     history['center'][0] = none  # train features of the last epoch are enough
     animate_features(tmp_path / 'features.gif', history, DIGITS, title='through the epochs')
     assert [duration for _, duration in frames(tmp_path / 'features.gif')] == [150, 150, 150, 150, 2000]

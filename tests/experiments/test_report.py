@@ -118,9 +118,7 @@ def inspect(page: Path, width: int) -> tuple[dict, list[str]]:
         '--allow-file-access-from-files', '--enable-logging=stderr', '--v=0', '--window-size=1400,900',
         f'--user-data-dir={page.parent / "chromium"}', '--dump-dom',
     ]  # fmt: skip
-    run = subprocess.run(
-        [chromium, *switches, frame.as_uri()], capture_output=True, text=True, timeout=60, check=True
-    )
+    run = subprocess.run([chromium, *switches, frame.as_uri()], capture_output=True, text=True, timeout=60, check=True)
     found = re.search('FOUND(.*)END', run.stdout)
     assert found, run.stderr
     return json.loads(html.unescape(found[1])), re.findall(r'.*CONSOLE.*', run.stderr)

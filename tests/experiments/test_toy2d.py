@@ -1,4 +1,4 @@
-"""The main job, run whole: the files that it writes, its arms, its devices, and what it says to a wrong value."""
+"""The main job, run whole: what it writes, its arms, its devices, and what it says to a wrong value."""
 
 import csv
 import dataclasses
@@ -81,7 +81,7 @@ def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_d
         for key in ('test_accuracy', 'nearest_center_accuracy', 'intra_inter_ratio'):
             assert summary[arm][key] == float(last[key])
     with Image.open(out / 'features.gif') as film:
-        assert getattr(film, 'n_frames', 1) == 2
+        assert getattr(film, 'n_frames', 1) == 3  # before training and after each epoch
     with Image.open(out / 'features.png') as picture:
         assert picture.width > 800
     page = (out / 'report.html').read_text(encoding='utf-8')
@@ -148,9 +148,7 @@ def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
     out = short(tmp_path, data_dir, center_weight=0.0)
     softmax, center = rows(out)
     timed = {'arm', 'epoch_seconds', 'steps_per_second'}
-    assert {k: v for k, v in softmax.items() if k not in timed} == {
-        k: v for k, v in center.items() if k not in timed
-    }
+    assert {k: v for k, v in softmax.items() if k not in timed} == {k: v for k, v in center.items() if k not in timed}
     assert float(center['center_step_norm']) > 0
 
 
@@ -185,9 +183,7 @@ def test_the_defaults_reach_what_readme_says_on_the_digits(tmp_path, data_dir):
     results = []
     for seed in range(3):
         out = tmp_path / str(seed)
-        config = dataclasses.replace(
-            toy2d.Config(), out=out, data_dir=data_dir, seed=seed, parallel='none'
-        )
+        config = dataclasses.replace(toy2d.Config(), out=out, data_dir=data_dir, seed=seed, parallel='none')
         toy2d.main(config)
         results.append(strict(out / 'summary.json'))
     mean = {

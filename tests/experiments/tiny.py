@@ -55,9 +55,7 @@ def examples(count: int, *, first: int = 0, label: int | None = None) -> list[tu
 
 def all_of(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of both splits."""
-    images, labels = zip(
-        *(split.take(range(len(split))) for split in (dataset.train, dataset.test)), strict=True
-    )
+    images, labels = zip(*(split.take(range(len(split))) for split in (dataset.train, dataset.test)), strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
 
