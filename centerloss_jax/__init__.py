@@ -13,6 +13,7 @@ from centerloss_jax._lookup import check_labels
 from centerloss_jax._loss import center_loss, center_loss_and_rows, center_rows
 from centerloss_jax._nearest import nearest_center
 from centerloss_jax._optimizer import with_centers
+from centerloss_jax._placement import shard_centers, unshard_centers
 from centerloss_jax._rows import RowUpdates, concatenate_rows
 from centerloss_jax._statistics import ClassStatistics, class_statistics
 from centerloss_jax._update import CenterUpdateState, center_update
@@ -33,5 +34,7 @@ __all__ = [
     'linen',
     'nearest_center',
     'nnx',
+    'shard_centers',
+    'unshard_centers',
     'with_centers',
 ]

@@ -176,9 +176,12 @@ def examples(
     centers = check_table(centers)
     x = check_features(x, centers.shape[1])
     rows = rows_of(labels, where, centers.shape[0], x.shape[:-1])
-    valid = rows.valid
     dtype = wide(x.dtype, centers.dtype)
-    own = take_rows(centers, jnp.where(valid, rows.indices, 0)).astype(dtype)
+    own = take_rows(centers, jnp.where(rows.valid, rows.indices, 0)).astype(dtype)
+    # A row that only pads the table for a mesh holds Inf: its label is as far beyond the classes as any.
+    padding = rows.valid & jnp.isposinf(own[..., 0])
+    valid = rows.valid & ~padding
+    rows = Rows(jnp.where(padding, MISTAKE, rows.indices), rows.counted, valid)
     mask = valid[..., None]
     difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own, 0)
     if weights is not None:

@@ -1,7 +1,12 @@
 """Where arrays lie: the few lines in which the library speaks of devices, meshes and axis names."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +33,28 @@ def set_rows(table: Array, indices: Array, values: Array) -> Array:
     sharding = jax.typeof(table).sharding
     out = sharding if _has(AxisType.Explicit, sharding.mesh) else None
     return table.at[indices].set(values, mode='drop', out_sharding=out)
+
+
+def on_auto_axes(fn: Callable, *args: Array, spec: P) -> Any:
+    """fn(*args), its operations laid out by XLA also where the axes are Explicit. `spec` is that of its results."""
+    meshes = [mesh for a in args if _has(AxisType.Explicit, mesh := jax.typeof(a).sharding.mesh)]
+    if not meshes:
+        return fn(*args)
+    return jax.sharding.auto_axes(fn, out_sharding=NamedSharding(meshes[0], spec))(*args)
+
+
+def num_shards(table: Array) -> int:
+    """A number of equal parts of the table's rows, such that each part lies on one device.
+
+    Under `jax.jit` on Auto axes a table's layout is not known, but it is even: the parts of the whole mesh will do.
+    """
+    mesh = jax.typeof(table).sharding.mesh
+    if mesh.empty and not isinstance(table, Tracer) and isinstance(table.sharding, NamedSharding):
+        mesh = table.sharding.mesh
+    if mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+    on_devices = not mesh.empty and not _has(AxisType.Manual, mesh)
+    return math.gcd(table.shape[0], mesh.size) if on_devices else 1
 
 
 def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:

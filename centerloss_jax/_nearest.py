@@ -10,9 +10,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from centerloss_jax._lookup import LEFT_OUT, check_features, check_table, wide
+from centerloss_jax._mesh import num_shards, on_auto_axes
 
 
 def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) -> tuple[Array, Array]:
@@ -54,15 +56,31 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) 
     x = check_features(x, centers.shape[1])
     if block_size < 1:
         raise ValueError(f'block_size must be at least 1, got {block_size}')
-    labels, distances = _nearest(x.reshape(-1, x.shape[-1]), centers, min(block_size, centers.shape[0]))
-    return labels.reshape(x.shape[:-1]), distances.reshape(x.shape[:-1])
+    spec = jax.typeof(x).sharding.spec
+    search = partial(_nearest, block_size=block_size, shards=num_shards(centers))
+    return on_auto_axes(search, x, centers, spec=P(*spec[:-1]))
 
 
-@partial(jax.jit, static_argnames='block_size')
-def _nearest(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnames=('block_size', 'shards'))
+def _nearest(x: Array, centers: Array, block_size: int, shards: int) -> tuple[Array, Array]:
+    """Searches each device's part of the table by itself; what travels is the best of each part."""
     num_classes, num_features = centers.shape
-    dtype = wide(x.dtype, centers.dtype)
-    x = x.astype(dtype)
+    rows = num_classes // shards
+    flat = x.reshape(-1, num_features).astype(wide(x.dtype, centers.dtype))
+    search = partial(_search, block_size=min(-(-block_size // shards), rows))
+    labels, distances = jax.vmap(search, in_axes=(None, 0))(flat, centers.reshape(shards, rows, num_features))
+    best = jnp.argmin(distances, axis=0)[None]  # the first of equals, and so the lowest class
+    label = jnp.take_along_axis(labels, best, axis=0)[0]
+    distance = jnp.take_along_axis(distances, best, axis=0)[0]
+    found = label != LEFT_OUT
+    label = jnp.where(found, label + best[0] * rows, LEFT_OUT).astype(jnp.int32)
+    return label.reshape(x.shape[:-1]), jnp.where(found, distance, jnp.nan).reshape(x.shape[:-1])
+
+
+def _search(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
+    """Labels `[B]` and squared distances `[B]` in one part of the table; LEFT_OUT and Inf where there is none."""
+    num_classes, num_features = centers.shape
+    dtype = x.dtype
     # Distances do not depend on the origin, but their rounding does.
     origin = _origin(centers, dtype)
     usable = jnp.isfinite(x).all(axis=-1)
@@ -104,8 +122,7 @@ def _nearest(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
         return jax.lax.while_loop(unsettled, measure, (lowest, best))[1]
 
     best = jnp.full(x.shape[0], LEFT_OUT, jnp.int32), jnp.full(x.shape[0], jnp.inf, dtype)
-    labels, distances = jax.lax.fori_loop(0, -(-num_classes // block_size), block, best)
-    return labels, jnp.where(labels == LEFT_OUT, jnp.nan, distances)
+    return jax.lax.fori_loop(0, -(-num_classes // block_size), block, best)
 
 
 def _origin(centers: Array, dtype) -> Array:

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from centerloss_jax._lookup import check_features, rows_of, wide
-from centerloss_jax._mesh import check_axis_name
+from centerloss_jax._mesh import check_axis_name, on_auto_axes
 
 
 @jax.tree_util.register_dataclass
@@ -122,18 +124,23 @@ def class_statistics(
     rows = rows_of(labels, where, num_classes, x.shape[:-1])
     if axis_name is not None:
         check_axis_name(axis_name)
-    valid = rows.valid.reshape(-1)
-    indices = jnp.where(valid, rows.indices.reshape(-1), 0)
+    by_class = partial(_by_class, num_classes=num_classes, axis_name=axis_name)
+    return on_auto_axes(by_class, x, rows.indices, rows.valid, spec=P())
+
+
+def _by_class(x: Array, indices: Array, valid: Array, num_classes: int, axis_name) -> ClassStatistics:
+    valid = valid.reshape(-1)
+    indices = jnp.where(valid, indices.reshape(-1), 0)
     x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(wide(x.dtype)), 0)
 
-    def by_class(values: Array) -> Array:
+    def sums(values: Array) -> Array:
         mask = valid.reshape(-1, *[1] * (values.ndim - 1))
-        sums = jax.ops.segment_sum(jnp.where(mask, values, 0), indices, num_classes)
-        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        total = jax.ops.segment_sum(jnp.where(mask, values, 0), indices, num_classes)
+        return total if axis_name is None else jax.lax.psum(total, axis_name)
 
-    count = by_class(jnp.ones_like(indices))
+    count = sums(jnp.ones_like(indices))
     divisor = jnp.maximum(count, 1).astype(x.dtype)[:, None]
-    mean = by_class(x) / divisor
+    mean = sums(x) / divisor
     # A sum of features of norm 1e4 is rounded; the mean of what is left over corrects it.
-    mean = mean + by_class(x - mean[indices]) / divisor
-    return ClassStatistics(count, mean, by_class(jnp.sum(jnp.square(x - mean[indices]), axis=-1)))
+    mean = mean + sums(x - mean[indices]) / divisor
+    return ClassStatistics(count, mean, sums(jnp.sum(jnp.square(x - mean[indices]), axis=-1)))

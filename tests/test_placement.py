@@ -1,0 +1,111 @@
+"""Tables on a mesh: padding, what a pad row does, saving and restoring, and the functions that search a whole table."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import centerloss_jax as clj
+from tests import oracle
+
+COLLECTIVE = re.compile(r'= (\S+) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(')
+TABLES = [P(), P('classes', None), P('data', None), P(('data', 'classes'), None)]
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=['auto', 'explicit'])
+def mesh(request):
+    return jax.make_mesh((2, 4), ('data', 'classes'), axis_types=(request.param,) * 2)
+
+
+def over(num_devices: int) -> NamedSharding:
+    mesh = jax.make_mesh((num_devices,), ('classes',), (AxisType.Auto,), devices=jax.devices()[:num_devices])
+    return NamedSharding(mesh, P('classes', None))
+
+
+@pytest.fixture
+def table() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(('num_devices', 'rows'), [(8, 16), (4, 12), (2, 10), (1, 10)])
+def test_a_table_is_filled_up_to_what_the_mesh_divides(table, num_devices, rows):
+    sharded = clj.shard_centers(table, over(num_devices))
+    assert sharded.shape == (rows, 3)
+    assert len(sharded.sharding.device_set) == num_devices
+    np.testing.assert_array_equal(sharded[:10], table)
+    assert np.isposinf(sharded[10:]).all()
+
+
+def test_a_table_saved_on_eight_devices_is_restored_on_four_and_on_one(table, tmp_path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = clj.unshard_centers(clj.shard_centers(table, over(8)), num_classes=10)
+        for num_devices in (4, 1):
+            path = tmp_path / str(num_devices)
+            checkpointer.save(path, {'centers': saved})
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(path, {'centers': np.zeros((10, 3), np.float32)})['centers']
+            sharded = clj.shard_centers(restored, over(num_devices))
+            saved = clj.unshard_centers(sharded, num_classes=10)
+            np.testing.assert_array_equal(saved, table)
+
+
+@pytest.mark.parametrize('num_classes', [9, 11, 17])
+def test_a_wrong_number_of_classes_loses_no_center(table, num_classes):
+    with pytest.raises(ValueError, match='num_classes'):
+        clj.unshard_centers(clj.shard_centers(table, over(8)), num_classes)
+
+
+def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
+    sharding = over(8)
+    centers = clj.shard_centers(table, sharding)
+    x, labels = jnp.ones((2, 3)), jnp.array([4, 12])
+
+    @jax.jit
+    def step(x):
+        each, rows = clj.center_loss_and_rows(x, centers, labels, reduce_fn=None)
+        return each, jax.grad(lambda x: clj.center_loss(x, centers, labels, reduce_fn=None)[0])(x), rows
+
+    each, gradient, rows = step(x)
+    assert np.isnan(each).tolist() == [False, True]
+    assert np.isfinite(gradient).all()
+    tx = clj.center_update(0.5, mesh=sharding.mesh)
+    updates, state = jax.jit(tx.update)(rows, tx.init(centers), centers)
+    assert state.left_out == 1
+    moved: Any = optax.apply_updates(centers, updates)
+    assert np.isposinf(moved[10:]).all()
+    np.testing.assert_array_equal(np.flatnonzero((moved[:10] != table).any(axis=1)), [4])
+
+
+@pytest.mark.parametrize('spec', TABLES, ids=str)
+def test_the_nearest_center_is_the_same_on_a_mesh_and_the_table_stays(mesh, spec):
+    rng = np.random.default_rng(1)
+    x, centers = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=(4093, 3)).astype(np.float32)
+    table = clj.shard_centers(centers, NamedSharding(mesh, spec))
+    batch = jax.device_put(x, NamedSharding(mesh, P('data')))
+    compiled = jax.jit(clj.nearest_center).lower(batch, table).compile()
+    labels, distances = compiled(batch, table)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+    sizes = [
+        np.prod([int(n) for n in re.findall(r'\d+', shape.split('[')[1].split(']')[0])] or [1])
+        for shape in COLLECTIVE.findall(compiled.as_text() or '')
+    ]
+    assert max(sizes, default=0) < 512  # a device's part of the table has 1,536 numbers
+
+
+def test_class_statistics_are_the_same_on_a_mesh(mesh):
+    rng = np.random.default_rng(2)
+    x, labels = rng.normal(size=(2, 8, 3)).astype(np.float32), rng.integers(-1, 4, (2, 8)).astype(np.int32)
+    place = lambda a: jax.device_put(a, NamedSharding(mesh, P('data')))  # noqa: E731
+    on_mesh = jax.jit(lambda x, labels: clj.class_statistics(x, labels, 4))(place(x), place(labels))
+    alone = clj.class_statistics(x, labels, 4)
+    for field in ('count', 'mean', 'squared_deviation', 'intra', 'inter', 'ratio'):
+        np.testing.assert_allclose(getattr(on_mesh, field), getattr(alone, field), rtol=1e-6, atol=1e-7)
