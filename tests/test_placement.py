@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
@@ -24,9 +24,12 @@ def mesh(request):
     return jax.make_mesh((2, 4), ('data', 'classes'), axis_types=(request.param,) * 2)
 
 
+def mesh_of(num_devices: int) -> Mesh:
+    return jax.make_mesh((num_devices,), ('classes',), (AxisType.Auto,), devices=jax.devices()[:num_devices])
+
+
 def over(num_devices: int) -> NamedSharding:
-    mesh = jax.make_mesh((num_devices,), ('classes',), (AxisType.Auto,), devices=jax.devices()[:num_devices])
-    return NamedSharding(mesh, P('classes', None))
+    return NamedSharding(mesh_of(num_devices), P('classes', None))
 
 
 @pytest.fixture
@@ -63,8 +66,8 @@ def test_a_wrong_number_of_classes_loses_no_center(table, num_classes):
 
 
 def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
-    sharding = over(8)
-    centers = clj.shard_centers(table, sharding)
+    mesh = mesh_of(8)
+    centers = clj.shard_centers(table, NamedSharding(mesh, P('classes', None)))
     x, labels = jnp.ones((2, 3)), jnp.array([4, 12])
 
     @jax.jit
@@ -75,7 +78,7 @@ def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
     each, gradient, rows = step(x)
     assert np.isnan(each).tolist() == [False, True]
     assert np.isfinite(gradient).all()
-    tx = clj.center_update(0.5, mesh=sharding.mesh)
+    tx = clj.center_update(0.5, mesh=mesh)
     updates, state = jax.jit(tx.update)(rows, tx.init(centers), centers)
     assert state.left_out == 1
     moved: Any = optax.apply_updates(centers, updates)
