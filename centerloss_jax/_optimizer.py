@@ -1,18 +1,20 @@
 """One optimizer for a whole model: an ordinary one for its parameters, `center_update` for its centers."""
 
+from typing import Any
+
 import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from centerloss_jax._rows import RowUpdates
-from centerloss_jax._update import center_update
+from centerloss_jax._update import Alpha, center_update
 from centerloss_jax.nnx import Centers
 
 
 def with_centers(
-    optimizer: optax.GradientTransformation,
-    alpha=0.5,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    alpha: Alpha = 0.5,
     *,
     axis_name: str | tuple[str, ...] | None = None,
     mesh: Mesh | None = None,
@@ -57,7 +59,8 @@ def with_centers(
       Wen et al., ECCV 2016, Algorithm 1.
     """
     centers = center_update(alpha, axis_name=axis_name, mesh=mesh)
-    return optax.partition({'params': optimizer, 'centers': centers}, _labels)
+    transforms: Any = {'params': optimizer, 'centers': centers}  # MultiSteps is a transform in all but its type
+    return optax.partition(transforms, _labels)
 
 
 def _labels(tree):

@@ -12,7 +12,7 @@ from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
 from centerloss_jax._mesh import add_rows, set_rows, take_rows
 
 # Odd, large and negative: no sum, multiple, square, sign or clip of it is itself, as it would be for 1.
-GUARD = -1299709
+GUARD = -700_000_001
 
 
 @jax.tree_util.register_dataclass

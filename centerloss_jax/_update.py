@@ -1,18 +1,19 @@
 """Eq. 4 of the paper as an optax transform: how centers move."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh
 
-from centerloss_jax._lookup import MISTAKE
+from centerloss_jax._lookup import MISTAKE, type_name
 from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
 from centerloss_jax._rows import RowUpdates, checked, group_rows
+
+Alpha = float | Array | optax.Schedule
 
 
 class CenterUpdateState(NamedTuple):
@@ -24,7 +25,7 @@ class CenterUpdateState(NamedTuple):
 
 
 def center_update(
-    alpha: float | Array | Callable[[Array], Array] = 0.5,
+    alpha: Alpha = 0.5,
     *,
     axis_name: str | tuple[str, ...] | None = None,
     mesh: Mesh | None = None,
@@ -68,7 +69,7 @@ def center_update(
     References:
       Wen et al., ECCV 2016, Eq. 4.
     """
-    if isinstance(alpha, (int, float, np.number)) and not 0 <= alpha <= 1:
+    if not callable(alpha) and not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
 
     def init(params: optax.Params) -> CenterUpdateState:
@@ -79,10 +80,11 @@ def center_update(
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, RowUpdates))
         for leaf in leaves or [None]:
             if not isinstance(leaf, RowUpdates):
-                got = 'nothing' if leaf is None else f'{type(leaf).__name__} {list(jnp.shape(leaf))}'
+                got = 'nothing' if leaf is None else type_name(leaf) if hasattr(leaf, 'dtype') else type(leaf).__name__
                 raise TypeError(
                     'center_update takes RowUpdates in the place of a gradient for the centers: pass the rows that '
-                    f'center_loss_and_rows, center_rows or CenterLoss return, got {got}'
+                    f'center_loss_and_rows, center_rows or CenterLoss return, got {got}. Transforms that accumulate or '
+                    'average, such as optax.MultiSteps, go inside with_centers'
                 )
         if axis_name is not None:
             check_axis_name(axis_name)

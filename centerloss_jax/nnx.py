@@ -19,7 +19,7 @@ class CenterLoss(nnx.Module):
     """The center loss with its table of centers, for Flax NNX.
 
     The module computes; it does not move the centers. Its rows go to the optimizer in the place of a gradient, as
-    `grads['center'] = {'centers': Centers(rows)}`, with an `nnx.Optimizer` of `with_centers` and
+    `grads.center = {'centers': Centers(rows)}`, with an `nnx.Optimizer` of `with_centers` and
     `wrt=(nnx.Param, Centers)`. At inference simply do not call it.
 
     Args:

@@ -144,3 +144,12 @@ def nnx_step(model, optimizer, images, labels, *, center_weight=1.0, graph=True)
 def jit_nnx_step(*, graph=True, **options):
     step = partial(nnx_step, graph=graph, **options)
     return nnx.jit(step, donate_argnames=('model', 'optimizer'), graph=graph)
+
+
+def nnx_arrays(model):
+    """All of the model's variables as NumPy arrays, which no donation takes away."""
+    return jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model)))
+
+
+def nnx_table(model):
+    return np.asarray(model.center.centers[...])

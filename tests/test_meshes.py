@@ -82,7 +82,6 @@ MESHES = {
     'Auto, mesh=': (AxisType.Auto, 'argument'),
     'Auto, set_mesh': (AxisType.Auto, 'set_mesh'),
     'Explicit': (AxisType.Explicit, 'nothing'),
-    'Explicit, set_mesh': (AxisType.Explicit, 'set_mesh'),
 }
 
 

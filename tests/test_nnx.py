@@ -11,21 +11,21 @@ import optax
 import oracle
 import pytest
 from flax import nnx
-from steps import NnxModel, center_state, jit_nnx_step, make_batch, nnx_pair, nnx_step, softmax_loss
+from steps import (
+    NnxModel,
+    center_state,
+    jit_nnx_step,
+    make_batch,
+    nnx_arrays,
+    nnx_pair,
+    nnx_step,
+    nnx_table,
+)
 
 import centerloss_jax as clj
 
 both_modes = pytest.mark.parametrize('graph', [True, False], ids=['graph', 'tree'])
 both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
-
-
-def arrays(model, *types):
-    """The model's variables of these types as NumPy arrays, which no donation takes away."""
-    return jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, types or ...)))
-
-
-def table(model):
-    return np.asarray(model.center.centers[...])
 
 
 class TestModule:
@@ -94,14 +94,14 @@ class TestStep:
         images, labels = make_batch(left_out=[3])
         model, optimizer = nnx_pair(alpha=0.5, graph=graph, batch_norm=batch_norm)
         model.center.centers[...] = jax.random.normal(jax.random.key(7), (5, 3))
-        before = table(model)
+        before = nnx_table(model)
         rows: Any = model(images, labels)[2]
         features = before[np.maximum(labels, 0)] - rows.values
         jit_nnx_step(graph=graph)(model, optimizer, images, labels)
         expected = oracle.center_update(features, before, labels, 0.5)
-        np.testing.assert_allclose(table(model), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(nnx_table(model), expected, rtol=1e-5, atol=1e-5)
         state = center_state(nnx.as_pure(optimizer.opt_state))
-        np.testing.assert_allclose(state.step_norm, np.linalg.norm(table(model) - before), rtol=1e-5)
+        np.testing.assert_allclose(state.step_norm, np.linalg.norm(nnx_table(model) - before), rtol=1e-5)
 
     @both_models
     def test_evaluation_changes_nothing_and_training_everything(self, graph, batch_norm):
@@ -109,13 +109,13 @@ class TestStep:
         model, optimizer = nnx_pair(graph=graph, batch_norm=batch_norm)
         step, losses = jit_nnx_step(graph=graph), []
         for _ in range(30):
-            before = arrays(model)
+            before = nnx_arrays(model)
             model.eval()
             model(batch.images)
-            chex.assert_trees_all_equal(arrays(model), before)
+            chex.assert_trees_all_equal(nnx_arrays(model), before)
             model.train()
             losses.append(float(step(model, optimizer, *batch)))
-            for old, new in zip(*map(jax.tree.leaves, (before, arrays(model))), strict=True):
+            for old, new in zip(*map(jax.tree.leaves, (before, nnx_arrays(model))), strict=True):
                 assert np.any(old != new)
         assert isinstance(model.center.centers, clj.nnx.Centers)
         assert losses[-1] < 0.7 * losses[0]
@@ -130,10 +130,10 @@ class TestStep:
 
         step: Any = traced
         for seed, left_out in enumerate([(), (), (5, 6, 7), range(8)]):
-            before, (images, labels) = table(model), make_batch(seed, left_out=left_out)
+            before, (images, labels) = nnx_table(model), make_batch(seed, left_out=left_out)
             assert np.isfinite(step(model, optimizer, images, labels))
             absent = ~np.isin(np.arange(5), labels)
-            np.testing.assert_array_equal(table(model)[absent], before[absent])
+            np.testing.assert_array_equal(nnx_table(model)[absent], before[absent])
         state = center_state(nnx.as_pure(optimizer.opt_state))
         assert (state.count, state.left_out) == (4, 0)
         chex.clear_trace_counter()
@@ -145,8 +145,8 @@ class TestStep:
             jit_nnx_step(graph=graph, center_weight=weight)(model, optimizer, *make_batch())
             models.append(model)
         weak, strong = models
-        np.testing.assert_array_equal(table(weak), table(strong))
-        assert np.any(table(weak) != 0)
+        np.testing.assert_array_equal(nnx_table(weak), nnx_table(strong))
+        assert np.any(nnx_table(weak) != 0)
         assert np.any(np.not_equal(weak.inner.kernel[...], strong.inner.kernel[...]))
 
     def test_no_optimizer_state_grows_with_the_number_of_classes(self, graph):
@@ -162,104 +162,3 @@ class TestStep:
         model = NnxModel(batch_norm=True, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r'wrt=\(nnx.Param, centerloss_jax.nnx.Centers\)'):
             nnx.Optimizer(model, clj.with_centers(optax.adam(1e-3)), wrt=wrt, graph=graph)
-
-
-def gradients(model, batch, graph):
-    def loss_fn(model):
-        logits, center, rows = model(*batch)
-        return softmax_loss(logits, batch.labels) + center, rows
-
-    (_, rows), grads = nnx.value_and_grad(loss_fn, has_aux=True, graph=graph)(model)
-    return grads, rows
-
-
-def as_a_state_of_params(grads, rows):
-    # Without the gradients of centers and batch statistics, which tree mode takes too.
-    grads = nnx.state(grads, nnx.Param)
-    grads['center'] = {'centers': clj.nnx.Centers(rows)}
-    return grads
-
-
-def as_an_attribute(grads, rows):
-    grads.center = {'centers': clj.nnx.Centers(rows)}
-    return grads
-
-
-def as_an_item(grads, rows):
-    grads['center'] = {'centers': clj.nnx.Centers(rows)}
-    return grads
-
-
-PLACED = {
-    'attribute, graph': (as_an_attribute, True),
-    'attribute, tree': (as_an_attribute, False),
-    'state of params, graph': (as_a_state_of_params, True),
-    'state of params, tree': (as_a_state_of_params, False),
-    'item, graph': (as_an_item, True),
-}
-
-
-@pytest.mark.parametrize(('place', 'graph'), PLACED.values(), ids=PLACED.keys())
-def test_ways_to_put_rows_beside_the_gradients(place, graph):
-    batch, (model, optimizer) = make_batch(), nnx_pair(optax.sgd(0.1), graph=graph, batch_norm=True)
-    expected, reference = nnx_pair(optax.sgd(0.1), graph=graph, batch_norm=True)
-    jit_nnx_step(graph=graph)(expected, reference, *batch)
-    optimizer.update(model, place(*gradients(model, batch, graph)))
-    chex.assert_trees_all_close(arrays(model), arrays(expected), rtol=1e-5, atol=1e-6)
-    assert np.any(table(model) != 0)
-
-
-def _set(value):
-    def place(grads, rows):
-        grads.center = {} if value is None else {'centers': value(rows)}
-
-    return place
-
-
-LOST = {
-    'forgotten': lambda grads, rows: None,
-    'not wrapped': _set(lambda rows: rows),
-    'wrapped in a type that wrt leaves out': _set(nnx.Variable),
-    'an empty entry': _set(None),
-}
-
-
-@both_modes
-@pytest.mark.parametrize('place', LOST.values(), ids=LOST.keys())
-def test_rows_that_the_optimizer_would_lose_are_an_error(place, graph):
-    model, optimizer = nnx_pair(graph=graph)
-    before = arrays(model)
-    grads, rows = gradients(model, make_batch(), graph)
-    place(grads, rows)
-    with pytest.raises(ValueError, match=r'no centers.*wrt.*centerloss_jax.nnx.Centers\(rows\)'):
-        optimizer.update(model, grads)
-    chex.assert_trees_all_equal(arrays(model), before)
-
-
-class TwoTables(NnxModel):
-    def __init__(self, *, rngs):
-        super().__init__(rngs=rngs)
-        self.other = clj.nnx.CenterLoss(4, 6, rngs=rngs)
-
-
-# In tree mode the gradients hold one for the forgotten table too, and an optimizer without a state, as sgd,
-# would take it for a parameter's. A state of params does not have it.
-@pytest.mark.parametrize(
-    ('optimizer', 'place', 'graph'),
-    [
-        pytest.param(optax.adam(1e-2), as_an_attribute, True, id='adam, attribute, graph'),
-        pytest.param(optax.adam(1e-2), as_an_attribute, False, id='adam, attribute, tree'),
-        pytest.param(optax.sgd(0.1), as_an_attribute, True, id='sgd, attribute, graph'),
-        pytest.param(optax.sgd(0.1), as_a_state_of_params, True, id='sgd, state of params, graph'),
-        pytest.param(optax.sgd(0.1), as_a_state_of_params, False, id='sgd, state of params, tree'),
-    ],
-)
-def test_rows_of_one_table_of_two_are_an_error(optimizer, place, graph):
-    model = TwoTables(rngs=nnx.Rngs(0))
-    transform = clj.with_centers(optimizer)
-    optimizer = nnx.Optimizer(model, transform, wrt=(nnx.Param, clj.nnx.Centers), graph=graph)
-    before = arrays(model)
-    grads = place(*gradients(model, make_batch(), graph))
-    with pytest.raises((ValueError, TypeError)):
-        optimizer.update(model, grads)
-    chex.assert_trees_all_equal(arrays(model), before)

@@ -73,7 +73,7 @@ def test_apply_if_finite_around_skips_a_bad_step_and_takes_the_next(content, pla
     np.testing.assert_array_equal(taken['params'], -GRADS['params'])
     expected = oracle.center_update(X, CENTERS, LABELS, 0.5)
     np.testing.assert_allclose(taken['centers'], expected, rtol=1e-5, atol=1e-6)
-    assert state.inner_center_state(state).count == 1
+    assert center_state(state.inner_state).count == 1
 
 
 def test_hyperparameters_of_both_can_be_injected():

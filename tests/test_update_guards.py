@@ -58,7 +58,7 @@ def test_rows_that_are_no_longer_rows_are_dropped_and_counted(arithmetic, jit):
     assert state.left_out == 3
 
 
-@pytest.mark.parametrize('bound', [10, 10**4, 10**7, 10**9])
+@pytest.mark.parametrize('bound', [10, 10**4, 10**7, 5 * 10**8])
 def test_rows_of_a_large_table_that_were_clipped_are_dropped_and_counted(bound):
     # No table at hand: whether such rows are within it does not save anybody.
     rows = clj.RowUpdates(jnp.array([2**31 - 3, 7]), jnp.ones((2, 3)))
