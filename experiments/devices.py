@@ -26,11 +26,14 @@ class Devices:
     mesh: Mesh | None
 
     def compile(self, step: Callable) -> Callable:
-        """Compiles `step(state, images, labels, center_weight) -> (state, metrics)`; the state is updated in place."""
+        """Compiles `step(state, images, labels, center_weight) -> (state, metrics)`; the state is updated in place.
+
+        All arguments must have been placed: the step moves nothing to a device by itself.
+        """
         if self.axis_name is None:
             return jax.jit(step, donate_argnums=0)
         step = partial(step, axis_name=self.axis_name)
-        return jax.pmap(step, self.axis_name, in_axes=(0, 0, 0, None), donate_argnums=0, devices=list(self.devices))
+        return jax.pmap(step, self.axis_name, donate_argnums=0, devices=list(self.devices))
 
     def place_state(self, state: Any) -> Any:
         if self.mesh is None:
@@ -40,12 +43,15 @@ class Devices:
     def place_batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
         """Spreads a batch over the devices, filled up with the label -1 to a number that they divide."""
         missing = self.rounded_up(len(labels)) - len(labels)
-        images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-        labels = np.pad(labels, (0, missing), constant_values=-1)
-        if self.mesh is None:
-            shards = len(self.devices)
-            return images.reshape(shards, -1, *images.shape[1:]), labels.reshape(shards, -1)
-        return jax.device_put((images, labels), NamedSharding(self.mesh, P('data')))
+        if missing:
+            images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+            labels = np.pad(labels, (0, missing), constant_values=-1)
+        if self.mesh is not None:
+            return jax.device_put((images, labels), NamedSharding(self.mesh, P('data')))
+        shards = len(self.devices)
+        stacked = images.reshape(shards, -1, *images.shape[1:]), labels.reshape(shards, -1)
+        mesh = Mesh(np.array(self.devices), (self.axis_name,))
+        return jax.device_put(stacked, NamedSharding(mesh, P(self.axis_name)))
 
     def rounded_up(self, batch_size: int) -> int:
         """The least number of examples from `batch_size` on that the devices divide."""
@@ -58,6 +64,10 @@ class Devices:
     def one(self, tree: Any) -> Any:
         """One copy of what every device has."""
         return tree if self.mesh is not None else jax.tree.map(lambda a: a[0], tree)
+
+    def fetch(self, tree: Any) -> Any:
+        """One copy of what every device has, in NumPy, on the host."""
+        return self.one(jax.device_get(tree))
 
 
 def choose(parallel: str) -> Devices:

@@ -27,8 +27,8 @@ class Progress:
     def __exit__(self, *_) -> None:
         self._bars.stop()
 
-    def start(self, arm: str, steps: int) -> None:
-        self._task = self._bars.add_task(arm, total=steps, numbers='')
+    def start(self, arm: str, steps: int, done: int = 0) -> None:
+        self._task = self._bars.add_task(arm, total=steps, completed=done, numbers='')
 
     def report(self, before: int, done: int, metrics: Metrics, steps_per_second: float) -> None:
         """Shows that `done` steps of an epoch are done, and `before` it began that many."""

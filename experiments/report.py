@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from experiments import curves
+from experiments.files import write_text
 
 # Name and meaning, in the order in which a page shows them.
 MEASURES = {
@@ -114,7 +115,7 @@ def write_report(
         tables={key: value for key, value in config.items() if isinstance(value, Mapping)},
         files=_files_beside(path),
     )
-    path.write_text(page, encoding='utf-8')
+    write_text(path, page)
 
 
 def _rank(measure: str) -> int:

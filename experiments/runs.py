@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import platform
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +15,11 @@ from typing import Any
 import jax
 
 from experiments.devices import Devices
+from experiments.files import write_text
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
 PAGES = ('features.png', 'features.gif', 'report.html')
+CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE = FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile')
 
 
 class RunError(Exception):
@@ -41,31 +45,73 @@ def in_a_line(surroundings: Mapping[str, Any]) -> str:
 
 
 class Run:
-    """A new run in the folder `out`, which must not hold one, unless it may be overwritten."""
+    """The folder `out` of a run. If it holds a run already, that one is resumed or overwritten, or it is an error."""
 
-    def __init__(self, out: Path, *, overwrite: bool):
+    def __init__(self, out: Path, *, overwrite: bool, resume: bool = False):
         if out.exists() and not out.is_dir():
             raise RunError(f'--out {out} is a file; name a folder')
-        if (out / CONFIG).exists() and not overwrite:
-            raise RunError(f'--out {out} holds a run; name another folder, or pass --overwrite to replace it')
+        held = (out / CONFIG).exists()
+        if held and not (overwrite or resume):
+            raise RunError(
+                f'--out {out} holds a run; name another folder, or pass --resume to go on with it, '
+                'or --overwrite to replace it'
+            )
         self.out = out
+        self.resumed = held and resume
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is there. The page is written last."""
+        return (self.out / PAGES[-1]).exists()
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Makes the folder, removes what an earlier run wrote there and nothing else, and saves the settings."""
+        """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes
+        all, or the results alone if that run is resumed.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG, METRICS, SUMMARY, *PAGES):
+        for name in (*reversed(PAGES), SUMMARY):
             (self.out / name).unlink(missing_ok=True)
+        if self.resumed and (self.out / METRICS).exists():
+            self.rows = self.metrics()
+        if not self.resumed:
+            for name in (CONFIG, METRICS):
+                (self.out / name).unlink(missing_ok=True)
+            for name in FOLDERS:
+                shutil.rmtree(self.out / name, ignore_errors=True)
         write_json(self.out / CONFIG, config)
 
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises RunError at the first setting that is not that of the run that is resumed."""
+        saved = self.config()
+        for name, value in plain(settings).items():
+            if name in saved and saved[name] != value:
+                raise RunError(
+                    f'--resume: {name.replace("_", "-")} is {value}, but the run in {self.out} has {saved[name]}; '
+                    'give that, or another --out'
+                )
+
+    def keep(self, arm: str, epochs: int) -> list[dict[str, Any]]:
+        """Drops the rows of an arm beyond its first `epochs` epochs, and returns those."""
+        self.rows = [row for row in self.rows if row['arm'] != arm or row['epoch'] <= epochs]
+        kept = [row for row in self.rows if row['arm'] == arm]
+        if [row['epoch'] for row in kept] != list(range(1, epochs + 1)):
+            raise RunError(
+                f'{self.out / METRICS} lacks rows of the {arm} arm, so the run cannot go on; '
+                'pass --overwrite to start it anew'
+            )
+        return kept
+
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to metrics.csv; the first one names the columns."""
-        path = self.out / METRICS
-        new = not path.exists()
-        with path.open('a', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        """Adds a row to metrics.csv, behind those of the same arm; the first one names the columns."""
+        self.rows.append(dict(row))
+        arms = list(dict.fromkeys(row['arm'] for row in self.rows))
+        self.rows.sort(key=lambda row: arms.index(row['arm']))
+        table = io.StringIO(newline='')
+        writer = csv.DictWriter(table, list(self.rows[0]))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.out / METRICS, table.getvalue())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.csv, numbers as numbers."""
@@ -80,15 +126,18 @@ class Run:
 
 
 def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    """A number as Python writes it, so that writing it again gives the same text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON: numbers that are not finite, for which JSON has no word, become null."""
-    path.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + '\n')
 
 
 def plain(value: Any) -> Any:

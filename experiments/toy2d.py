@@ -1,20 +1,19 @@
 """The paper's toy: the same network with softmax alone and with center loss, and its 2-D features side by side.
 
 Trains both arms from one seed, and writes config.json, metrics.csv, summary.json, features.png, features.gif and
-report.html to --out.
+report.html to --out. A run that was stopped or killed goes on with --resume, from its last save.
 """
 
 import dataclasses
 import math
 import shlex
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import simple_parsing
 from flax.training.train_state import TrainState
@@ -23,15 +22,20 @@ from rich.table import Column, Table
 
 from experiments import cli, figures
 from experiments.batches import train_batches
+from experiments.checkpoints import RECIPE, Checkpoints
 from experiments.data import Dataset, LazySplit, Split, load
 from experiments.devices import Devices, choose
 from experiments.evaluation import Evaluation, evaluate
 from experiments.figures import Snapshot
+from experiments.history import History
 from experiments.models import Classifier
+from experiments.profiling import traced
 from experiments.progress import Progress
 from experiments.report import write_report
-from experiments.runs import Run, environment, in_a_line
-from experiments.training import create_state, train_epoch, train_step
+from experiments.runs import CHECKPOINTS, PROFILE, SNAPSHOTS, TENSORBOARD, Run, RunError, environment, in_a_line
+from experiments.scalars import Scalars
+from experiments.stopping import Stop
+from experiments.training import Tally, create_state, train_epoch, train_step
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',
@@ -74,6 +78,14 @@ class Config:
     """devices: auto is all local ones by jit over a mesh, pmap all by jax.pmap, none the first alone"""
     overwrite: bool = simple_parsing.field(default=False, action='store_true')
     """replace the run that --out holds"""
+    resume: bool = simple_parsing.field(default=False, action='store_true')
+    """go on with the run that --out holds, or start it; only --epochs may be another"""
+    save_every: float = 60.0
+    """seconds between saves; each arm is saved at its end in any case"""
+    tensorboard: bool = simple_parsing.field(default=False, action='store_true')
+    """write the metrics as TensorBoard event files too"""
+    profile: bool = simple_parsing.field(default=False, action='store_true')
+    """write a jax.profiler trace of a few steps after the first ones"""
 
     def __post_init__(self):
         for name in ('feature_dim', 'epochs', 'batch_size'):
@@ -87,6 +99,10 @@ class Config:
             raise ValueError(f'--alpha must be in [0, 1], got {self.alpha}')
         if not 0 <= self.seed < 2**32:
             raise ValueError(f'--seed must be in [0, 2**32), got {self.seed}')
+        if not self.save_every >= 0:
+            raise ValueError(f'--save-every must be 0 or more, got {self.save_every}')
+        if self.resume and self.overwrite:
+            raise ValueError('--resume goes on with a run and --overwrite replaces it; pass one of them')
 
 
 def _flag(name: str) -> str:
@@ -97,70 +113,127 @@ def main(config: Config) -> None:
     console = Console()
     devices = choose(config.parallel)
     surroundings = environment(devices)
-    console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
-    run = Run(config.out, overwrite=config.overwrite)
+    tell = partial(console.print, highlight=False, soft_wrap=True)
+    tell(in_a_line(surroundings))
+    run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
+    if run.resumed and run.finished and run.config()['epochs'] == config.epochs:
+        run.check(decisive(config))
+        tell(f'{run.out / "report.html"} has it all: the run is finished')
+        return
     data = load(config.dataset, config.data_dir)
     for note in data.notes:
-        console.print(note, highlight=False, soft_wrap=True)
-    run.start({**dataclasses.asdict(config), **surroundings})
+        tell(note)
+    facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}
+    if run.resumed:
+        check_centers(run, config, data)
+        run.check({**decisive(config), **facts})
+    run.start({**dataclasses.asdict(config), **facts, **surroundings})
 
     model = Classifier(config.model, config.feature_dim, data.num_classes)
-    initial = create_state(model, data.image_shape, config.seed, config.learning_rate, config.alpha, devices)
+    placed = create_state(model, data.image_shape, config.seed, config.learning_rate, config.alpha, devices)
+    initial = devices.fetch(placed)
     step = devices.compile(train_step)
     history, summary = {}, {}
-    with Progress(console) as progress:
+    go_on = command(dataclasses.replace(config, resume=True, overwrite=False))
+    profile = traced(step, run.out / PROFILE) if config.profile else nullcontext(step)
+    with Progress(console) as progress, Stop(go_on) as stop, profile as step:
         for arm, weight in (('softmax', 0.0), ('center', config.center_weight)):
-            # A copy, since the step updates a state in place.
-            state = jax.tree.map(jnp.copy, initial)
-            history[arm], summary[arm] = train(arm, weight, state, config, data, devices, step, run, progress)
+            with Checkpoints(run.out / CHECKPOINTS / arm, config.save_every, stop, devices) as saves:
+                history[arm], summary[arm] = train(
+                    arm, weight, initial, config, data, devices, step, run, progress, saves, tell
+                )
     run.write_summary(summary)
     console.print(table(summary))
     draw(config, data, history, summary, run)
-    console.print(f'{run.out / "report.html"} has the pictures and all numbers', highlight=False, soft_wrap=True)
+    tell(f'{run.out / "report.html"} has the pictures and all numbers')
+
+
+# Of a run that is resumed these may be others: they say how and where, but not what comes out. So may --epochs.
+FREE = ('out', 'data_dir', 'epochs', 'parallel', 'overwrite', 'resume', 'save_every', 'tensorboard', 'profile')
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """The settings that decide what comes out of an epoch."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+
+
+def check_centers(run: Run, config: Config, data: Dataset) -> None:
+    """Raises RunError if the network or its centers would not be those of the run that is resumed."""
+    saved = run.config()
+    old = saved['model'], [saved.get('num_classes', data.num_classes), saved['feature_dim']]
+    new = config.model, [data.num_classes, config.feature_dim]
+    if old != new:
+        raise RunError(
+            f'the run in {run.out} has a network {old[0]} with centers {old[1]}, but here they are {new[0]} '
+            f'and {new[1]} (classes, feature dimensions). {RECIPE}'
+        )
 
 
 def train(
     arm: str,
     center_weight: float,
-    state: TrainState,
+    initial: TrainState,
     config: Config,
     data: Dataset,
     devices: Devices,
     step: Callable,
     run: Run,
     progress: Progress,
+    saves: Checkpoints,
+    tell: Callable[[str], None],
 ) -> tuple[list[Snapshot], dict[str, Any]]:
-    """Trains one arm, writes a row of metrics an epoch, and returns its snapshots and its summary."""
-    start = time.perf_counter()
+    """Trains one arm from its last save on, writes a row of metrics an epoch, and returns its snapshots and summary.
+
+    A save comes after the row and the snapshot of each epoch that it has; those beyond it are made again.
+    """
     batches = train_batches(data.train, config.batch_size, config.seed)
     steps = -(-len(data.train) // config.batch_size)
-    weight = jnp.float32(center_weight)
+    weight = devices.place_state(np.float32(center_weight))
+    host, tally = saves.restore(initial, batches, tell) or (initial, Tally())
+    state = devices.place_state(host)
     one = devices.one(state)
-    test = evaluate(one, data.test, devices)
-    history = [snapshot(0, one, test, data.num_classes)]
-    progress.start(arm, config.epochs * steps)
-    for epoch in range(1, config.epochs + 1):
+    epochs, _ = divmod(int(host.step), steps)
+    if int(host.step) > config.epochs * steps:
+        raise RunError(f'--epochs is {config.epochs}, but the {arm} arm in {run.out} has been trained for more')
+    rows = run.keep(arm, epochs)
+    history = History(run.out / SNAPSHOTS, arm)
+    if host is initial:
+        history.add(snapshot(0, one, evaluate(one, data.test, devices), data.num_classes))
+    else:
+        history.load(epochs)
+        tell(f'the {arm} arm goes on after {epochs} epochs and {tally.steps} steps')
+    scalars = Scalars(run.out / TENSORBOARD / arm, rows) if config.tensorboard else None
+    progress.start(arm, config.epochs * steps, int(host.step))
+    for epoch in range(epochs + 1, config.epochs + 1):
         report = partial(progress.report, (epoch - 1) * steps)
-        state, metrics = train_epoch(state, step, batches, steps, weight, devices, report)
+        state, metrics = train_epoch(state, step, batches, steps, weight, devices, report, tally, saves)
+        tally = Tally()
         one = devices.one(state)
-        test = evaluate(one, data.test, devices)
-        run.add_metrics({'epoch': epoch, 'arm': arm, **metrics, **measures(test)})
-        history.append(snapshot(epoch, one, test, data.num_classes))
+        history.add(snapshot(epoch, one, evaluate(one, data.test, devices), data.num_classes))
+        row = {'epoch': epoch, 'arm': arm, **metrics, **measures(history.snapshots[-1])}
+        run.add_metrics(row)
+        if scalars:
+            scalars.add(row)
+        if epoch == config.epochs or saves.due():
+            saves.save(state, batches, tally)
+    if scalars:
+        scalars.close()
+    last = history.snapshots[-1]
     summary = {
-        **measures(test),
-        'collapsed': test.collapsed(data.num_classes),
-        'train_seconds': time.perf_counter() - start,
+        **measures(last),
+        'collapsed': last.collapsed,
+        'train_seconds': sum(row['epoch_seconds'] for row in run.keep(arm, config.epochs)),
     }
     shown = evaluate(one, sample(data.train), devices)
-    history[-1] = dataclasses.replace(history[-1], train_features=shown.features, train_labels=shown.labels)
-    return history, summary
+    last = dataclasses.replace(last, train_features=shown.features, train_labels=shown.labels)
+    return [*history.snapshots[:-1], last], summary
 
 
-def measures(test: Evaluation) -> dict[str, float]:
+def measures(shown: Snapshot) -> dict[str, float]:
     return {
-        'test_accuracy': test.accuracy,
-        'nearest_center_accuracy': test.nearest_center_accuracy,
-        'intra_inter_ratio': test.intra_inter_ratio,
+        'test_accuracy': shown.test_accuracy,
+        'nearest_center_accuracy': shown.nearest_center_accuracy,
+        'intra_inter_ratio': shown.intra_inter_ratio,
     }
 
 

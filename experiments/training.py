@@ -1,9 +1,10 @@
 """The one training step and the one loop over an epoch that all experiments share."""
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,6 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 import centerloss_jax as clj
-from experiments.batches import Batch
 from experiments.devices import Devices
 from experiments.models import Classifier
 
@@ -34,7 +34,7 @@ def create_state(
 
 
 class Metrics(NamedTuple):
-    """What a step tells; all scalars."""
+    """What a step tells. It returns them as one array, which is read in one transfer."""
 
     softmax_loss: Any  # mean cross-entropy
     center_loss: Any  # mean squared distance, before it is weighted
@@ -46,8 +46,8 @@ class Metrics(NamedTuple):
 
 def train_step(
     state: TrainState, images: Array, labels: Array, center_weight: Array, axis_name: str | None = None
-) -> tuple[TrainState, Metrics]:
-    """One step of L = softmax + center_weight * center, and its metrics. Examples with label -1 are left out.
+) -> tuple[TrainState, Array]:
+    """One step of L = softmax + center_weight * center, and its Metrics, [6]. Examples with label -1 are left out.
 
     The weight is an argument of the compiled step: with 0 it is the softmax arm, bit for bit, centers moving too.
     """
@@ -72,38 +72,80 @@ def train_step(
     state = state.apply_gradients(grads={'params': grads, 'centers': {'center': {'centers': rows}}})
     opt_state: Any = state.opt_state
     centers = opt_state.inner_states['centers'].inner_state
-    return state, Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.left_out)
+    metrics = Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.left_out)
+    return state, jnp.stack([value.astype(jnp.float32) for value in metrics])
+
+
+class Tally(NamedTuple):
+    """Sums over the part of an epoch that is done: all that its row of metrics needs, in numbers that JSON keeps."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    sums: Sequence[float] = (0.0,) * len(Metrics._fields)  # of metrics times examples
+    left_out: int = 0
+
+    def add(self, counts: Sequence[int], metrics: Sequence[np.ndarray], seconds: float) -> 'Tally':
+        """With more steps. They are added one by one, so that no pause between them changes a bit."""
+        sums = np.array(self.sums, np.float64)
+        for count, values in zip(counts, metrics, strict=True):
+            sums += count * values.astype(np.float64)
+        left_out = int(metrics[-1][Metrics._fields.index('rows_left_out')])
+        examples = self.examples + sum(counts)
+        return Tally(self.steps + len(counts), self.seconds + seconds, examples, sums.tolist(), left_out)
+
+    def row(self) -> dict[str, float]:
+        """Means over the examples, and the rows left out so far."""
+        means = Metrics(*(value / self.examples for value in self.sums))._replace(rows_left_out=self.left_out)
+        return {**means._asdict(), 'epoch_seconds': self.seconds, 'steps_per_second': self.steps / self.seconds}
+
+
+class Saves(Protocol):
+    """Where a loop leaves what it has, now and then."""
+
+    def due(self) -> bool: ...
+    def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None: ...
 
 
 def train_epoch(
     state: TrainState,
     step: Callable,
-    batches: Iterator[Batch],
+    batches: grain.DatasetIterator,
     steps: int,
-    center_weight: Array,
+    center_weight: Any,
     devices: Devices,
     report: Callable[[int, Metrics, float], None],
+    tally: Tally | None = None,
+    saves: Saves | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Runs `steps` steps, and a few times a second tells `report` steps done, latest metrics, steps a second.
+    """Runs an epoch of `steps` steps, or the rest of it behind `tally`, and saves within it where a save is due.
+
+    A few times a second it tells `report` steps done, latest metrics, steps a second.
 
     Returns the state and the epoch's metrics: means over its examples, and the rows left out so far.
     """
-    start = told = time.perf_counter()
-    history, counts = [], []
-    for done in range(1, steps + 1):
-        images, labels = next(batches)
-        counts.append((labels >= 0).sum())
-        state, metrics = step(state, *devices.place_batch(images, labels), center_weight)
-        history.append(metrics)
-        now = time.perf_counter()
-        if now - told > 0.3 or done == steps:
-            # An earlier step's metrics: reading the latest would make the host wait for the device.
-            latest = jax.device_get(devices.one(history[max(0, len(history) - 3)]))
-            report(done, latest, done / (now - start))
-            told = now
-    fetched = jax.device_get([devices.one(metrics) for metrics in history])
-    seconds = time.perf_counter() - start
-    weights = np.array(counts) / sum(counts)
-    means = Metrics(*(float(np.dot(weights, values)) for values in zip(*fetched, strict=True)))
-    epoch = means._replace(rows_left_out=int(fetched[-1].rows_left_out))._asdict()
-    return state, {**epoch, 'epoch_seconds': seconds, 'steps_per_second': steps / seconds}
+    begun = start = told = time.perf_counter()
+    tally = tally or Tally()
+    counts, history, first = [], [], tally.steps
+    # Nothing may go to a device or come from it by the way: each such transfer would make the loop wait.
+    with jax.transfer_guard('disallow'):
+        for done in range(first + 1, steps + 1):
+            images, labels = next(batches)
+            state, metrics = step(state, *devices.place_batch(images, labels), center_weight)
+            counts.append(int((labels >= 0).sum()))
+            history.append(metrics)
+            now = time.perf_counter()
+            if now - told > 0.3 or done == steps:
+                # An earlier step's metrics: reading the latest would make the host wait for the device.
+                latest = devices.fetch(history[max(0, len(history) - 3)])
+                report(done, Metrics(*latest.tolist()), (done - first) / (now - begun))
+                told = now
+            last = done == steps
+            if last or (saves is not None and saves.due()):
+                fetched = devices.fetch(history)
+                now = time.perf_counter()
+                tally = tally.add(counts, fetched, now - start)
+                counts, history, start = [], [], now
+                if saves is not None and not last:
+                    saves.save(state, batches, tally)
+    return state, tally.row()
