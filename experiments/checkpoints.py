@@ -7,6 +7,7 @@ sums over the part of the epoch that is done. Nothing else is random or remember
 
 import json
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -42,10 +43,17 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def __enter__(self) -> 'Checkpoints':
+        # Of many reads at once one meets the damage, and Orbax forgets the others: each would print a traceback.
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unless_forgotten
         return self
 
     def __exit__(self, *_) -> None:
         self._manager.close()
+        sys.unraisablehook = self._hook
+
+    def _unless_forgotten(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            self._hook(unraisable)
 
     def due(self) -> bool:
         return self._stop.asked or time.monotonic() - self._last >= self._every
@@ -87,6 +95,11 @@ class Checkpoints:
         return None
 
 
+def newest(folder: Path) -> int:
+    """The last step that any arm has saved, 0 if none has; `folder` holds a folder for each."""
+    return max((int(path.name) for path in folder.glob('*/*') if path.name.isdecimal()), default=0)
+
+
 def saved_params(folder: Path | str) -> dict[str, Any]:
     """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy."""
     with _manager(Path(folder), read_only=True) as manager:
@@ -104,9 +117,10 @@ def keep_network(params: Any, saved: Any) -> Any:
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     handlers = {'state': ocp.StandardCheckpointHandler(), 'rest': ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(**options)
     # Orbax takes absolute paths only.
-    return ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
+    return ocp.CheckpointManager(
+        folder.absolute(), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+    )
 
 
 def _read(manager: ocp.CheckpointManager, step: int, like: TrainState | None = None) -> tuple[Any, dict[str, Any]]:

@@ -60,10 +60,9 @@ class Run:
         self.resumed = held and resume
         self.rows: list[dict[str, Any]] = []
 
-    @property
-    def finished(self) -> bool:
-        """Whether all is there. The page is written last."""
-        return (self.out / PAGES[-1]).exists()
+    def finished(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a run of these settings is there with all that belongs to it. The page is written last."""
+        return self.resumed and (self.out / PAGES[-1]).exists() and self.config().items() >= plain(settings).items()
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes

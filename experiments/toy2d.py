@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from experiments import cli, figures
 from experiments.batches import train_batches
-from experiments.checkpoints import RECIPE, Checkpoints
+from experiments.checkpoints import RECIPE, Checkpoints, newest
 from experiments.data import Dataset, LazySplit, Split, load
 from experiments.devices import Devices, choose
 from experiments.evaluation import Evaluation, evaluate
@@ -116,8 +116,7 @@ def main(config: Config) -> None:
     tell = partial(console.print, highlight=False, soft_wrap=True)
     tell(in_a_line(surroundings))
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
-    if run.resumed and run.finished and run.config()['epochs'] == config.epochs:
-        run.check(decisive(config))
+    if run.finished({**decisive(config), 'epochs': config.epochs}):
         tell(f'{run.out / "report.html"} has it all: the run is finished')
         return
     data = load(config.dataset, config.data_dir)
@@ -127,6 +126,8 @@ def main(config: Config) -> None:
     if run.resumed:
         check_centers(run, config, data)
         run.check({**decisive(config), **facts})
+        if newest(run.out / CHECKPOINTS) > config.epochs * steps_of(config, data):
+            raise RunError(f'--epochs is {config.epochs}, but the run in {run.out} has been trained for more')
     run.start({**dataclasses.asdict(config), **facts, **surroundings})
 
     model = Classifier(config.model, config.feature_dim, data.num_classes)
@@ -155,6 +156,11 @@ FREE = ('out', 'data_dir', 'epochs', 'parallel', 'overwrite', 'resume', 'save_ev
 def decisive(config: Config) -> dict[str, Any]:
     """The settings that decide what comes out of an epoch."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+
+
+def steps_of(config: Config, data: Dataset) -> int:
+    """Steps of an epoch."""
+    return -(-len(data.train) // config.batch_size)
 
 
 def check_centers(run: Run, config: Config, data: Dataset) -> None:
@@ -187,14 +193,12 @@ def train(
     A save comes after the row and the snapshot of each epoch that it has; those beyond it are made again.
     """
     batches = train_batches(data.train, config.batch_size, config.seed)
-    steps = -(-len(data.train) // config.batch_size)
+    steps = steps_of(config, data)
     weight = devices.place_state(np.float32(center_weight))
     host, tally = saves.restore(initial, batches, tell) or (initial, Tally())
     state = devices.place_state(host)
     one = devices.one(state)
-    epochs, _ = divmod(int(host.step), steps)
-    if int(host.step) > config.epochs * steps:
-        raise RunError(f'--epochs is {config.epochs}, but the {arm} arm in {run.out} has been trained for more')
+    epochs = int(host.step) // steps
     rows = run.keep(arm, epochs)
     history = History(run.out / SNAPSHOTS, arm)
     if host is initial:

@@ -2,17 +2,34 @@
 
 import csv
 import json
+import os
+import random
 import shlex
+import shutil
 import signal
+import struct
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
 from experiments import checkpoints, cli, toy2d
+from experiments.batches import train_batches
+from experiments.checkpoints import Checkpoints
+from experiments.devices import Devices, choose
+from experiments.models import Classifier
 from experiments.progress import Progress
+from experiments.runs import RunError
+from experiments.splits import Split
+from experiments.stopping import Stop
+from experiments.training import Tally, create_state, train_epoch, train_step
 
 ARMS = ('softmax', 'center')
 STEPS = 3  # an epoch of the digits has at this batch size
@@ -58,20 +75,20 @@ def assert_same_ends(out: Path, other: Path) -> None:
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory) -> Path:
-    """A run of four epochs that nothing disturbed."""
+    """A run of two epochs that nothing disturbed."""
     out = tmp_path_factory.mktemp('whole') / 'run'
-    assert run(*QUICK, '--epochs', 4, '--out', out) == 0
+    assert run(*QUICK, '--epochs', 2, '--out', out) == 0
     return out
 
 
-def interrupt_at(monkeypatch, step: int, signum: int) -> None:
-    """Sends the process a signal where the progress bar is told of a step of an epoch, beginning with the third."""
+def interrupt_at(monkeypatch, before: int, step: int, signum: int) -> None:
+    """Sends the process a signal where the progress bar is told of a step, in whichever arm comes there first."""
     report = Progress.report
 
-    def interrupting(self, before, done, *rest):
-        if (before, done) == (2 * STEPS, step):
+    def interrupting(self, done_before, done, *rest):
+        if (done_before, done) == (before, step):
             signal.raise_signal(signum)
-        report(self, before, done, *rest)
+        report(self, done_before, done, *rest)
 
     monkeypatch.setattr(Progress, 'report', interrupting)
 
@@ -81,10 +98,11 @@ def test_a_run_that_is_stopped_in_both_arms_says_how_to_go_on_and_ends_as_if_it_
 ):
     monkeypatch.chdir(tmp_path)
     out = Path('a run') / 'of mine'
-    flags = (*QUICK, '--epochs', 4, '--out', out)
+    flags = (*QUICK, '--epochs', 2, '--out', out)
+    # The softmax arm has been trained for its first epoch when the second signal comes there, in the center arm.
     for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with monkeypatch.context() as patch:
-            interrupt_at(patch, STEPS, signum)
+            interrupt_at(patch, 0, STEPS, signum)
             assert run(*flags) == code
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1
@@ -93,6 +111,306 @@ def test_a_run_that_is_stopped_in_both_arms_says_how_to_go_on_and_ends_as_if_it_
         flags = command[3:]
         assert '--resume' in flags
         assert not (out / 'report.html').exists()
-    # The first signal met the softmax arm, and the next one too, since that epoch had to be told again.
     assert run(*flags) == 0
     assert_same_ends(out, whole)
+
+
+def test_a_run_that_is_given_more_epochs_ends_as_if_it_had_had_them_at_once(whole, tmp_path):
+    flags = (*QUICK, '--out', tmp_path / 'run', '--resume', '--tensorboard')
+    assert run(*flags, '--epochs', 1) == 0  # and a run without a save is started
+    assert run(*flags, '--epochs', 2, '--profile', '--save-every', 0) == 0
+    assert_same_ends(tmp_path / 'run', whole)
+    assert len(list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))) == 1
+
+    for arm in ARMS:
+        scalars = events(tmp_path / 'run' / 'tensorboard' / arm)
+        assert [epoch for name, epoch, _ in scalars if name == 'softmax_loss'] == [1, 2]
+        rows = [row for row in what_came_out(whole)['rows'] if row['arm'] == arm]
+        for name in MEASURES:
+            values = [value for tag, _, value in scalars if tag == name]
+            np.testing.assert_allclose(values, [float(row[name]) for row in rows], rtol=1e-6)
+        assert {name for name, *_ in scalars} > MEASURES | {'steps_per_second'}
+
+
+MEASURES = {
+    *('softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy', 'intra_inter_ratio'),
+    *('gradient_norm', 'center_step_norm', 'rows_left_out'),
+}
+
+
+def events(folder: Path) -> list[tuple[str, int, float]]:
+    """Name, epoch and value of all scalars in TensorBoard's event files: records of length, CRC, bytes, CRC."""
+    found = []
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack('<Q', data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_a_finished_run_is_left_as_it_is(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob('*')}
+    assert run(*QUICK, '--epochs', 2, '--out', whole, '--resume') == 0
+    assert 'finished' in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob('*')} == before
+
+
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        (('--alpha', 0.25), ('alpha', '0.25', '0.5')),
+        (('--seed', 3), ('seed', '3', '0')),
+        (('--batch-size', 250), ('batch-size', '250', '500')),
+        (('--learning-rate', 0.5), ('learning-rate', '0.5', '0.003')),
+        (('--model', 'lenets++'), ('small', 'lenets++', 'keep_network')),
+        (('--feature-dim', 3), ('[10, 2]', '[10, 3]', 'keep_network')),
+        (('--epochs', 1), ('--epochs is 1',)),
+        (('--overwrite',), ('--resume', '--overwrite')),
+    ],
+)
+def test_a_setting_that_is_not_the_runs_is_one_line_that_names_both_and_exit_code_2(
+    whole, tmp_path, capsys, flags, named
+):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    before = {path: path.read_bytes() for path in out.rglob('*') if path.is_file() and path.name != 'config.json'}
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume', *flags) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in named)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+SPLIT = Split(
+    np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8), np.arange(30, dtype=np.int32) % 10
+)
+
+
+def state_of(devices: Devices, num_classes: int = 10, feature_dim: int = 2) -> Any:
+    """A state that has made a step, so that no leaf is 0 throughout, as it is on the devices."""
+    model = Classifier('small', feature_dim, num_classes)
+    return create_state(model, SPLIT.images.shape[1:], 0, 1e-3, 0.5, devices)
+
+
+def after_a_step(state: Any, devices: Devices) -> Any:
+    batch = devices.place_batch(SPLIT.images, SPLIT.labels)
+    return devices.compile(train_step)(state, *batch, devices.place_state(np.float32(0.1)))[0]
+
+
+@pytest.fixture(scope='module')
+def one_device() -> Devices:
+    return choose('none')
+
+
+@pytest.fixture(scope='module')
+def saved(one_device) -> Any:
+    """A state on the host, after its first step."""
+    return one_device.fetch(after_a_step(state_of(one_device), one_device))
+
+
+def save_twice(folder: Path, state: Any, devices: Devices) -> None:
+    """Saves a state as that of step 1 and, with other numbers, as that of step 2."""
+    batches = train_batches(SPLIT, 10, 0)
+    with Stop('') as stop, Checkpoints(folder, 60, stop, devices) as saves:
+        for step in (1, 2):
+            next(batches)
+            later = jax.tree.map(partial(np.multiply, step), state).replace(step=np.asarray(step, np.int32))
+            saves.save(later, batches, Tally(step, 0.5, 10 * step, [0.1 * step] * 6, step))
+
+
+def restore(folder: Path, like: Any, devices: Devices) -> tuple[Any, list[str]]:
+    """What is restored, or None, with the position in the data behind it; and what is said."""
+    said = []
+    batches = train_batches(SPLIT, 10, 0)
+    with Stop('') as stop, Checkpoints(folder, 60, stop, devices) as saves:
+        found = saves.restore(like, batches, said.append)
+    return found and (*found, batches.get_state()['next_index']), said
+
+
+def assert_same_state(state: Any, expected: Any) -> None:
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for array, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert array.dtype == other.dtype
+        np.testing.assert_array_equal(array, other)
+
+
+def test_the_latest_save_is_restored_with_all_that_it_held(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    assert restore(folder, saved, one_device) == (None, [])
+    save_twice(folder, saved, one_device)
+    found, said = restore(folder, saved, one_device)
+    assert said == []
+    state, tally, position = found
+    assert_same_state(state.params, jax.tree.map(lambda a: 2 * a, saved.params))
+    assert tally == Tally(2, 0.5, 20, [0.2] * 6, 2)
+    assert position == 2
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def cut(save: Path) -> None:
+    path = largest(save / 'state')
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(save: Path) -> None:
+    path = largest(save / 'state')
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(save: Path) -> None:
+    for path in save.rglob('*'):
+        if path.is_file():
+            path.write_bytes(b'')
+
+
+def lose_the_arrays(save: Path) -> None:
+    shutil.rmtree(save / 'state')
+
+
+def lose_a_file(save: Path) -> None:
+    largest(save / 'state').unlink()
+
+
+def lose_the_rest(save: Path) -> None:
+    shutil.rmtree(save / 'rest')
+
+
+def forget_a_step(save: Path) -> None:
+    path = save / 'rest' / 'metadata'
+    path.write_text(path.read_text().replace('"next_index": 2', '"next_index": 1'))
+
+
+def leave_unfinished(save: Path) -> None:
+    save.rename(save.with_name(f'{save.name}.orbax-checkpoint-tmp'))
+
+
+def lose_all(save: Path) -> None:
+    shutil.rmtree(save)
+    save.mkdir()
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [cut, flip, empty, lose_the_arrays, lose_a_file, lose_the_rest, forget_a_step, leave_unfinished, lose_all],
+)
+def test_a_damaged_or_unfinished_latest_save_is_named_and_the_one_before_it_used(tmp_path, saved, one_device, damage):
+    folder = tmp_path / 'the saves'
+    save_twice(folder, saved, one_device)
+    damage(folder / '2')
+    found, said = restore(folder, saved, one_device)
+    assert len(said) == 1
+    assert str(folder / '2') in said[0]
+    assert 'damaged' in said[0] or 'unfinished' in said[0]
+    state, tally, position = found
+    assert_same_state(state.params, saved.params)
+    assert (tally.steps, position) == (1, 1)
+    # It is gone, so that the run can save that step again.
+    save_twice(tmp_path / 'others', saved, one_device)
+    shutil.copytree(tmp_path / 'others' / '2', folder / '2')
+    found, said = restore(folder, saved, one_device)
+    assert (said, found[1].steps) == ([], 2)
+
+
+def test_if_no_save_is_whole_each_is_named_and_the_run_starts(tmp_path, saved, one_device):
+    save_twice(tmp_path, saved, one_device)
+    empty(tmp_path)
+    found, said = restore(tmp_path, saved, one_device)
+    assert found is None
+    assert [str(tmp_path / str(step)) in line for step, line in zip((2, 1), said, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(('num_classes', 'feature_dim'), [(7, 2), (10, 5)])
+def test_other_centers_are_an_error_that_names_both_shapes_and_the_recipe_keeps_the_network(
+    tmp_path, saved, one_device, num_classes, feature_dim
+):
+    save_twice(tmp_path, saved, one_device)
+    state = state_of(one_device, num_classes, feature_dim)
+    with pytest.raises(RunError) as error:
+        restore(tmp_path, one_device.fetch(state), one_device)
+    message = str(error.value)
+    assert '[10, 2]' in message
+    assert f'[{num_classes}, {feature_dim}]' in message
+    assert 'keep_network' in message
+    assert len(message.splitlines()) == 1
+
+    network = checkpoints.saved_params(tmp_path)['params']
+    params = {**state.params, 'params': checkpoints.keep_network(state.params['params'], network)}
+    trunk = next(name for name in network if name not in ('features', 'logits'))
+    jax.tree.map(np.testing.assert_array_equal, params['params'][trunk], network[trunk])
+    assert params['params']['logits']['kernel'].shape == (feature_dim, num_classes)
+    assert not np.any(params['centers']['center']['centers'])
+    moved = after_a_step(state.replace(params=one_device.place_state(params)), one_device)
+    assert np.any(moved.params['centers']['center']['centers'])
+
+
+def test_what_is_saved_on_8_devices_goes_on_on_4_and_on_1(tmp_path, saved, one_device):
+    eight, four = choose('auto'), some_devices(4)
+    assert len(eight.devices) == 8
+    for number, (before, after) in enumerate([(eight, four), (four, one_device), (choose('pmap'), four)]):
+        folder = tmp_path / str(number)
+        with Stop('') as stop, Checkpoints(folder, 60, stop, before) as saves:
+            saves.save(before.place_state(saved), train_batches(SPLIT, 10, 0), Tally())
+        found, _ = restore(folder, after.fetch(state_of(after)), after)
+        jax.tree.map(np.testing.assert_array_equal, found[0].params, saved.params)
+        jax.tree.map(np.testing.assert_array_equal, found[0].opt_state, saved.opt_state)
+        placed = after.place_state(found[0])
+        centers = placed.params['centers']['center']['centers']
+        assert centers.shape == (10, 2)
+        assert len(centers.sharding.device_set) == len(after.devices)
+        after_a_step(placed, after)
+
+
+def some_devices(count: int) -> Devices:
+    devices = tuple(jax.devices()[:count])
+    mesh = jax.make_mesh((count,), ('data',), (jax.sharding.AxisType.Auto,), devices=devices)
+    return Devices(devices, axis_name=None, mesh=mesh)
+
+
+def test_the_loop_refuses_transfers_by_the_way(one_device):
+    state, batches = state_of(one_device), train_batches(SPLIT, 10, 0)
+    step, unplaced = one_device.compile(train_step), np.float32(0.1)
+    with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+        train_epoch(state, step, batches, 3, unplaced, one_device, lambda *_: None)
+
+
+def start(*flags: object) -> subprocess.Popen:
+    """Starts the command in a process of its own, which says where it computes once it has begun."""
+    command = [sys.executable, '-W', 'error', '-m', 'experiments.toy2d', *map(str, flags)]
+    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert 'jax' in process.stdout.readline()
+    return process
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_20_random_moments_end_as_one_that_was_not(tmp_path):
+    flags = ('--parallel', 'none', '--batch-size', 100, '--epochs', 8, '--save-every', 0.1, '--resume')
+    begun = time.monotonic()
+    process = start(*flags, '--out', tmp_path / 'whole')
+    assert process.wait() == 0, process.communicate()
+    longest = time.monotonic() - begun
+
+    moments, kills, run_number = random.Random(0), 0, 0
+    while kills < 20:
+        out = tmp_path / f'run {run_number}'
+        process = start(*flags, '--out', out)
+        try:
+            process.communicate(timeout=moments.uniform(0, longest))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        if process.returncode != -signal.SIGKILL or kills == 20:
+            process = start(*flags, '--out', out)
+            assert process.wait() == 0, process.communicate()
+            assert_same_ends(out, tmp_path / 'whole')
+            run_number += 1
