@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
 from experiments import checkpoints, cli, toy2d
@@ -182,6 +183,16 @@ def test_a_setting_that_is_not_the_runs_is_one_line_that_names_both_and_exit_cod
     assert len(error.splitlines()) == 1
     assert all(word in error for word in named)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_dataset_of_other_classes_is_one_line_that_names_both_shapes(whole, tmp_path, capsys):
+    tiny.prepare(tmp_path, {'train': tiny.examples(6), 'test': tiny.examples(3)})
+    capsys.readouterr()
+    flags = ('--dataset', 'mnist', '--data-dir', tmp_path, '--epochs', 2, '--out', whole, '--resume')
+    assert run(*QUICK, *flags) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ('[10, 2]', '[3, 2]', 'keep_network'))
 
 
 SPLIT = Split(
