@@ -402,12 +402,16 @@ def start(*flags: object) -> subprocess.Popen:
     return process
 
 
+def finish(process: subprocess.Popen) -> None:
+    output = process.communicate()
+    assert process.returncode == 0, output
+
+
 @pytest.mark.slow
 def test_runs_that_are_killed_at_20_random_moments_end_as_one_that_was_not(tmp_path):
     flags = ('--parallel', 'none', '--batch-size', 100, '--epochs', 8, '--save-every', 0.1, '--resume')
     begun = time.monotonic()
-    process = start(*flags, '--out', tmp_path / 'whole')
-    assert process.wait() == 0, process.communicate()
+    finish(start(*flags, '--out', tmp_path / 'whole'))
     longest = time.monotonic() - begun
 
     moments, kills, run_number = random.Random(0), 0, 0
@@ -421,7 +425,6 @@ def test_runs_that_are_killed_at_20_random_moments_end_as_one_that_was_not(tmp_p
             process.communicate()
             kills += 1
         if process.returncode != -signal.SIGKILL or kills == 20:
-            process = start(*flags, '--out', out)
-            assert process.wait() == 0, process.communicate()
+            finish(start(*flags, '--out', out))
             assert_same_ends(out, tmp_path / 'whole')
             run_number += 1
