@@ -68,7 +68,11 @@ def _nearest(x: Array, centers: Array, block_size: int, shards: int) -> tuple[Ar
     rows = num_classes // shards
     flat = x.reshape(-1, num_features).astype(wide(x.dtype, centers.dtype))
     search = partial(_search, block_size=min(-(-block_size // shards), rows))
-    labels, distances = jax.vmap(search, in_axes=(None, 0))(flat, centers.reshape(shards, rows, num_features))
+    if shards == 1:  # not vmapped, which would mask every round of the search
+        labels, distances = (best[None] for best in search(flat, centers))
+    else:
+        parts = centers.reshape(shards, rows, num_features)
+        labels, distances = jax.vmap(search, in_axes=(None, 0))(flat, parts)
     best = jnp.argmin(distances, axis=0)[None]  # the first of equals, and so the lowest class
     label = jnp.take_along_axis(labels, best, axis=0)[0]
     distance = jnp.take_along_axis(distances, best, axis=0)[0]
