@@ -24,7 +24,7 @@ from experiments import cli, figures
 from experiments.batches import train_batches
 from experiments.checkpoints import RECIPE, Checkpoints, newest
 from experiments.data import Dataset, LazySplit, Split, load
-from experiments.devices import Devices, choose
+from experiments.devices import Devices
 from experiments.evaluation import Evaluation, evaluate
 from experiments.figures import Snapshot
 from experiments.history import History
@@ -36,6 +36,7 @@ from experiments.runs import CHECKPOINTS, PROFILE, SNAPSHOTS, TENSORBOARD, Run, 
 from experiments.scalars import Scalars
 from experiments.stopping import Stop
 from experiments.training import Tally, create_state, train_epoch, train_step
+from experiments.where import Where
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',
@@ -49,7 +50,7 @@ SHOWN = 4000
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Where):
     """Settings of a run. They are saved with it."""
 
     dataset: str = 'digits'
@@ -74,8 +75,6 @@ class Config:
     """step of the centers, Eq. 4, in [0, 1]"""
     seed: int = 0
     """of the initialization and of the order of the examples"""
-    parallel: Literal['auto', 'pmap', 'none'] = 'auto'
-    """devices: auto is all local ones by jit over a mesh, pmap all by jax.pmap, none the first alone"""
     overwrite: bool = simple_parsing.field(default=False, action='store_true')
     """replace the run that --out holds"""
     resume: bool = simple_parsing.field(default=False, action='store_true')
@@ -88,6 +87,7 @@ class Config:
     """write a jax.profiler trace of a few steps after the first ones"""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ('feature_dim', 'epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{_flag(name)} must be at least 1, got {getattr(self, name)}')
@@ -111,7 +111,7 @@ def _flag(name: str) -> str:
 
 def main(config: Config) -> None:
     console = Console()
-    devices = choose(config.parallel)
+    devices = config.start()
     surroundings = environment(devices)
     tell = partial(console.print, highlight=False, soft_wrap=True)
     tell(in_a_line(surroundings))
@@ -150,7 +150,8 @@ def main(config: Config) -> None:
 
 
 # Of a run that is resumed these may be others: they say how and where, but not what comes out. So may --epochs.
-FREE = ('out', 'data_dir', 'epochs', 'parallel', 'overwrite', 'resume', 'save_every', 'tensorboard', 'profile')
+FREE = ('out', 'data_dir', 'epochs', 'overwrite', 'resume', 'save_every', 'tensorboard', 'profile')
+FREE += tuple(field.name for field in dataclasses.fields(Where))
 
 
 def decisive(config: Config) -> dict[str, Any]:
