@@ -36,7 +36,7 @@ def train_batches(
     order = functools.lru_cache(maxsize=2)(orders.__getitem__)  # by epoch; threads may be in two of them
 
     def batch(index: int, step: int) -> Batch:
-        indices = order(index // steps)[step * batch_size : (step + 1) * batch_size]
+        indices = np.asarray(order(index // steps))[step * batch_size : (step + 1) * batch_size]
         return _take(split, indices[own], size)
 
     return iter(grain.MapDataset.range(steps).repeat().map_with_index(batch).to_iter_dataset(READ_OPTIONS))
