@@ -58,6 +58,13 @@ def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tupl
     return features, logits, np.concatenate(labels)[: len(split)]
 
 
+def nearest(state: TrainState, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of the nearest centers of one copy of a state, and the distances to them."""
+    centers = jax.device_get(state.params['centers']['center']['centers'])
+    classes, squared_distances = jax.device_get(clj.nearest_center(features, centers))
+    return classes, np.sqrt(squared_distances)
+
+
 @jax.jit(static_argnames='apply_fn')
 def _predict(params, images: Array, apply_fn) -> tuple[Array, Array]:
     return apply_fn({'params': params}, images)

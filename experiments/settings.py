@@ -81,7 +81,7 @@ class Common:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Where, Common):
+class Settings(Common, Where):
     """And how its arms are trained, saved and measured."""
 
     FREE: ClassVar[tuple[str, ...]] = (
