@@ -20,7 +20,8 @@ CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
 KNOWN = 'known.json'
 TABLES = ('verification.csv', 'sweep.csv')
 PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'report.html')
-CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE = FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile')
+FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile', 'cells')
+CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, CELLS = FOLDERS
 
 
 class RunError(Exception):
@@ -115,7 +116,7 @@ class Run:
             return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
     def config(self) -> dict[str, Any]:
-        return json.loads((self.out / CONFIG).read_text(encoding='utf-8'))
+        return read_json(self.out / CONFIG)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_json(self.out / SUMMARY, summary)
@@ -129,6 +130,10 @@ def _number(text: str) -> float | str:
         except ValueError:
             pass
     return text
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding='utf-8'))
 
 
 def write_json(path: Path, value: Any) -> None:

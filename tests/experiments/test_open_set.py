@@ -71,7 +71,7 @@ def test_of_many_held_out_examples_whole_classes_are_verified(monkeypatch):
     parts, again = divide(DATA, '0.5'), divide(DATA, '0.5')
     assert counts(parts.unknown)[counts(parts.unknown) > 0].tolist() == [6, 6, 6, 6]
     np.testing.assert_array_equal(parts.unknown.images, again.unknown.images)
-    assert any('4 of 5 held-out classes' in note for note in parts.known.notes)
+    assert any('4 of the 5 held-out classes' in note for note in parts.known.notes)
 
 
 def test_examples_without_a_label_belong_nowhere():
