@@ -1,11 +1,12 @@
 """A table on a mesh: spread over its devices by rows, and back into the rows that are saved."""
 
 import math
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
@@ -38,20 +39,30 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
       >>> table.shape[0] >= 10, clj.unshard_centers(table, num_classes=10).shape
       (True, (10, 2))
     """
-    centers = check_table(centers)
+    rows = np.asarray(jax.device_get(centers))
+    rows = rows.astype(jax.eval_shape(check_table, rows).dtype, copy=False)  # checked where they are, on the host
     names = sharding.spec[0] if len(sharding.spec) else None
     names = (names,) if isinstance(names, str) else names or ()
     shards = math.prod(sharding.mesh.shape[name] for name in names)
-    missing = -centers.shape[0] % shards
-    return jax.device_put(jnp.pad(centers, ((0, missing), (0, 0)), constant_values=jnp.inf), sharding)
+    filled_up = len(rows) + -len(rows) % shards
+
+    def part(index: Any) -> np.ndarray:
+        own = rows[index]
+        first, last, _ = index[0].indices(filled_up)
+        return np.pad(own, ((0, last - first - len(own)), (0, 0)), constant_values=np.inf)
+
+    # A part at a time: no device holds the whole table on the way, and each process lays out its own devices' parts.
+    return jax.make_array_from_callback((filled_up, rows.shape[1]), sharding, part)
 
 
-def unshard_centers(table: ArrayLike, num_classes: int) -> np.ndarray:
+def unshard_centers(table: ArrayLike, num_classes: int | None = None) -> np.ndarray:
     """The C rows of a table on a mesh, on the host: what to save, so that it can be restored on any other mesh.
+
+    If several processes share the mesh, all of them must call it, and each gets all rows.
 
     Args:
       table: `[C', D]`, as `shard_centers` returns it.
-      num_classes: C.
+      num_classes: C, to be sure of it; by default the number of rows that do not fill the table up.
 
     Returns:
       `[C, D]`, a NumPy array of the table's dtype. `shard_centers` lays it out again.
@@ -65,8 +76,9 @@ def unshard_centers(table: ArrayLike, num_classes: int) -> np.ndarray:
       >>> clj.unshard_centers(jnp.zeros((10, 2)), num_classes=10).shape
       (10, 2)
     """
-    rows = np.asarray(jax.device_get(table))
+    local = not isinstance(table, Array) or table.is_fully_addressable or table.is_fully_replicated
+    rows = np.asarray(jax.device_get(table) if local else multihost_utils.process_allgather(table, tiled=True))
     classes = int((~np.isposinf(rows).all(axis=1)).sum())
-    if classes != num_classes:
+    if num_classes not in (None, classes):
         raise ValueError(f'num_classes is {num_classes}, but the table has the centers of {classes} classes')
-    return rows[:num_classes]
+    return rows[:classes]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
@@ -26,6 +27,7 @@ class Evaluation:
 
     features: np.ndarray  # [N, D]
     labels: np.ndarray  # [N]
+    distances: np.ndarray  # [N], to the nearest center
     accuracy: float  # of the classifier, in [0, 1]
     nearest_center_accuracy: float  # in [0, 1]
     softmax_loss: float  # mean cross-entropy
@@ -39,16 +41,28 @@ class Evaluation:
 
 def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> Evaluation:
     """Evaluates one copy of a state over a whole split."""
+    features, logits, labels = embed(state, split, devices)
+    centers = jax.device_get(state.params['centers']['center']['centers'])
+    distances, measures = jax.device_get(_measure(features, logits, labels, centers))
+    return Evaluation(features, labels, distances, **{name: float(value) for name, value in measures.items()})
+
+
+def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, logits and labels of a whole split."""
     parts, labels = [], []
     for images, own in eval_batches(split, devices.rounded_up(BATCH_SIZE)):
         labels.append(own)
         parts.append(_predict(state.params['params'], devices.place_images(images), state.apply_fn))
     # The last batch is filled up.
     features, logits = (np.concatenate(part)[: len(split)] for part in zip(*jax.device_get(parts), strict=True))
-    labels = np.concatenate(labels)[: len(split)]
+    return features, logits, np.concatenate(labels)[: len(split)]
+
+
+def nearest(state: TrainState, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of the nearest centers of one copy of a state, and the distances to them."""
     centers = jax.device_get(state.params['centers']['center']['centers'])
-    measures = jax.device_get(_measure(features, logits, labels, centers))
-    return Evaluation(features, labels, **{name: float(value) for name, value in measures.items()})
+    classes, squared_distances = jax.device_get(clj.nearest_center(features, centers))
+    return classes, np.sqrt(squared_distances)
 
 
 @jax.jit(static_argnames='apply_fn')
@@ -57,9 +71,9 @@ def _predict(params, images: Array, apply_fn) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _measure(features: Array, logits: Array, labels: Array, centers: Array) -> dict[str, Array]:
-    nearest, _ = clj.nearest_center(features, centers)
-    return {
+def _measure(features: Array, logits: Array, labels: Array, centers: Array) -> tuple[Array, dict[str, Array]]:
+    nearest, squared_distances = clj.nearest_center(features, centers)
+    return jnp.sqrt(squared_distances), {
         'accuracy': (logits.argmax(-1) == labels).mean(),
         'nearest_center_accuracy': (nearest == labels).mean(),
         'softmax_loss': optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),

@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 from experiments import checkpoints, cli, toy2d
 from experiments.batches import train_batches
 from experiments.checkpoints import Checkpoints
-from experiments.devices import Devices, choose
+from experiments.devices import Devices, choose, over_mesh
 from experiments.models import Classifier
 from experiments.progress import Progress
 from experiments.runs import RunError
@@ -362,27 +362,40 @@ def test_other_centers_are_an_error_that_names_both_shapes_and_the_recipe_keeps_
     assert np.any(moved.params['centers']['center']['centers'])
 
 
-def test_what_is_saved_on_8_devices_goes_on_on_4_and_on_1(tmp_path, saved, one_device):
-    eight, four = choose('auto'), some_devices(4)
-    assert len(eight.devices) == 8
-    for number, (before, after) in enumerate([(eight, four), (four, one_device), (choose('pmap'), four)]):
-        folder = tmp_path / str(number)
-        with Stop('') as stop, Checkpoints(folder, 60, stop, before) as saves:
-            saves.save(before.place_state(saved), train_batches(SPLIT, 10, 0), Tally())
-        found, _ = restore(folder, after.fetch(state_of(after)), after)
-        jax.tree.map(np.testing.assert_array_equal, found[0].params, saved.params)
-        jax.tree.map(np.testing.assert_array_equal, found[0].opt_state, saved.opt_state)
-        placed = after.place_state(found[0])
-        centers = placed.params['centers']['center']['centers']
-        assert centers.shape == (10, 2)
-        assert len(centers.sharding.device_set) == len(after.devices)
-        after_a_step(placed, after)
+def some_devices(count: int, **sizes: int) -> Devices:
+    return over_mesh(jax.devices()[:count], sizes or {'data': count})
 
 
-def some_devices(count: int) -> Devices:
-    devices = tuple(jax.devices()[:count])
-    mesh = jax.make_mesh((count,), ('data',), (jax.sharding.AxisType.Auto,), devices=devices)
-    return Devices(devices, axis_name=None, mesh=mesh)
+@pytest.mark.parametrize(
+    ('before', 'after'),
+    [
+        (choose('auto'), some_devices(4)),
+        (some_devices(4), choose('none')),
+        (choose('pmap'), some_devices(4)),
+        (some_devices(8, data=2, classes=4), some_devices(4, classes=4)),
+        (some_devices(4, classes=4), choose('none')),
+        (choose('none'), some_devices(8, classes=8)),
+        (some_devices(8, data=2, classes=4), choose('pmap')),
+    ],
+    ids=lambda devices: f'{len(devices.devices)} by {devices.mesh.shape if devices.mesh else "pmap"}',
+)
+def test_what_is_saved_on_some_devices_goes_on_on_others(tmp_path, saved, before, after):
+    with Stop('') as stop, Checkpoints(tmp_path, 60, stop, before) as saves:
+        saves.save(before.place_state(saved), train_batches(SPLIT, 10, 0), Tally())
+    assert checkpoints.saved_params(tmp_path)['centers']['center']['centers'].shape == (10, 2)
+    found, _ = restore(tmp_path, after.fetch(state_of(after)), after)
+    jax.tree.map(np.testing.assert_array_equal, found[0].params, saved.params)
+    jax.tree.map(np.testing.assert_array_equal, found[0].opt_state, saved.opt_state)
+
+    placed = after.place_state(found[0])
+    centers = placed.params['centers']['center']['centers']
+    sharding = centers.sharding
+    assert len(sharding.device_set) == len(after.devices)
+    moved = after_a_step(placed, after).params['centers']['center']['centers']
+    assert moved.sharding.is_equivalent_to(sharding, moved.ndim)
+    if after.mesh is not None:
+        shards = after.mesh.shape.get('classes', 1)
+        assert {part.data.shape for part in moved.addressable_shards} == {(-(-10 // shards), 2)}
 
 
 def test_the_loop_refuses_transfers_by_the_way(one_device):

@@ -85,7 +85,7 @@ def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_d
     with Image.open(out / 'features.png') as picture:
         assert picture.width > 800
     page = (out / 'report.html').read_text(encoding='utf-8')
-    assert 'python -m experiments.toy2d --data-dir' in page
+    assert 'python -m experiments.toy2d --parallel none --data-dir' in page
 
 
 def test_tensorflow_is_not_imported():
@@ -126,6 +126,13 @@ def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_pat
         ('--model', 'resnet'),
         ('--parallel', 'all'),
         ('--dataset', 'no such set'),
+        ('--mesh', 'data=2,classes=3'),  # of 8 devices
+        ('--mesh', 'data=8,model=1'),
+        ('--mesh', 'data=4,data=2'),
+        ('--mesh', 'data=-2,classes=-4'),
+        ('--mesh', 'data=8,'),
+        ('--mesh', 'eight'),
+        ('--mesh', ''),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, data_dir, capsys, flag, value):
@@ -134,6 +141,15 @@ def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, data_
     assert len(error.splitlines()) == 1
     assert flag in error or value in error
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('parallel', ['pmap', 'none'])
+def test_a_mesh_beside_another_way_to_use_the_devices_is_one_line_and_exit_code_2(tmp_path, capsys, parallel):
+    assert run('--out', tmp_path / 'run', '--mesh', 'data=2,classes=4', '--parallel', parallel) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert '--mesh' in error
+    assert f'--parallel {parallel}' in error
 
 
 def test_help_explains_every_flag_with_its_default(capsys):
@@ -153,16 +169,17 @@ def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
 
 
 def test_all_ways_to_use_the_devices_give_the_same_metrics(tmp_path, data_dir):
-    # 125 examples a batch on 8 devices: neither a whole batch nor the short last one can be divided.
-    runs = [rows(short(tmp_path, data_dir, parallel=parallel)) for parallel in ('none', 'auto', 'pmap')]
+    # On 8 devices neither a batch of 125 nor the short last one can be divided, nor can 10 classes on 4.
+    ways = {'parallel': 'none'}, {'parallel': 'auto'}, {'parallel': 'pmap'}, {'mesh': 'data=2,classes=4'}
+    alone, *runs = [rows(short(tmp_path, data_dir, **way)) for way in ways]
     for name in COLUMNS - {'arm'}:
-        values = [[float(row[name]) for row in run] for run in runs]
-        np.testing.assert_allclose(values[1], values[0], rtol=1e-4, atol=1e-4, err_msg=name)
-        np.testing.assert_allclose(values[2], values[0], rtol=1e-4, atol=1e-4, err_msg=name)
+        for run in runs:
+            values, expected = ([float(row[name]) for row in each] for each in (run, alone))
+            np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_collapsed_features_are_said_to_have_collapsed(tmp_path, data_dir, capsys):
-    out = short(tmp_path, data_dir, center_weight=1000.0, epochs=3, parallel='none')
+    out = short(tmp_path, data_dir, center_weight=1000.0, epochs=4, parallel='none')
     summary = strict(out / 'summary.json')
     assert summary['center']['collapsed']
     assert not summary['softmax']['collapsed']
