@@ -39,13 +39,14 @@ class Evaluation:
 
 def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> Evaluation:
     """Evaluates one copy of a state over a whole split."""
-    parts, labels = [], []
-    for images, own in eval_batches(split, devices.rounded_up(BATCH_SIZE)):
-        labels.append(own)
-        parts.append(_predict(state.params['params'], devices.place_images(images), state.apply_fn))
+    parts = []
+    batch_size = devices.rounded_up(BATCH_SIZE)
+    for batch in eval_batches(split, batch_size, jax.process_index(), jax.process_count()):
+        images, labels = devices.spread(batch)
+        parts.append((*_predict(state.params['params'], images, state.apply_fn), labels))
     # The last batch is filled up.
-    features, logits = (np.concatenate(part)[: len(split)] for part in zip(*jax.device_get(parts), strict=True))
-    labels = np.concatenate(labels)[: len(split)]
+    columns = zip(*devices.gather(parts), strict=True)
+    features, logits, labels = (np.concatenate(column)[: len(split)] for column in columns)
     centers = jax.device_get(state.params['centers']['center']['centers'])
     measures = jax.device_get(_measure(features, logits, labels, centers))
     return Evaluation(features, labels, **{name: float(value) for name, value in measures.items()})

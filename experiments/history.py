@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import processes
 from experiments.panel import Snapshot
 from experiments.runs import RunError
 
@@ -17,9 +18,10 @@ class History:
         self.snapshots: list[Snapshot] = []
 
     def add(self, snapshot: Snapshot) -> None:
-        self._folder.mkdir(exist_ok=True)
-        np.savez(self._path(snapshot.epoch), allow_pickle=False, **dataclasses.asdict(snapshot))
         self.snapshots.append(snapshot)
+        if processes.first():
+            self._folder.mkdir(exist_ok=True)
+            np.savez(self._path(snapshot.epoch), allow_pickle=False, **dataclasses.asdict(snapshot))
 
     def load(self, epoch: int) -> None:
         """Reads all snapshots up to an epoch."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from experiments import processes
 from experiments.devices import Devices
 from experiments.files import write_text
 
@@ -30,6 +31,7 @@ def environment(devices: Devices) -> dict[str, Any]:
     """Where a run computes and with what."""
     kinds = sorted({device.device_kind for device in devices.devices})
     return {
+        'processes': jax.process_count(),
         'devices': f'{len(devices.devices)} x {", ".join(kinds)}',
         'backend': jax.default_backend(),
         'versions': {
@@ -66,13 +68,19 @@ class Run:
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes
-        all, or the results alone if that run is resumed.
+        all, or the results alone if that run is resumed. Of several processes the first one does it.
         """
+        if self.resumed and (self.out / METRICS).exists():
+            self.rows = self.metrics()
+        processes.together('all have seen the folder')
+        if processes.first():
+            self._clear(config)
+        processes.together('the folder is made')
+
+    def _clear(self, config: Mapping[str, Any]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         for name in (*reversed(PAGES), SUMMARY):
             (self.out / name).unlink(missing_ok=True)
-        if self.resumed and (self.out / METRICS).exists():
-            self.rows = self.metrics()
         if not self.resumed:
             for name in (CONFIG, METRICS):
                 (self.out / name).unlink(missing_ok=True)
@@ -106,6 +114,8 @@ class Run:
         self.rows.append(dict(row))
         arms = list(dict.fromkeys(row['arm'] for row in self.rows))
         self.rows.sort(key=lambda row: arms.index(row['arm']))
+        if not processes.first():
+            return
         table = io.StringIO(newline='')
         writer = csv.DictWriter(table, list(self.rows[0]))
         writer.writeheader()
@@ -121,7 +131,8 @@ class Run:
         return json.loads((self.out / CONFIG).read_text(encoding='utf-8'))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_json(self.out / SUMMARY, summary)
+        if processes.first():
+            write_json(self.out / SUMMARY, summary)
 
 
 def _number(text: str) -> float | str:

@@ -20,7 +20,7 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 from rich.table import Column, Table
 
-from experiments import cli, figures
+from experiments import cli, figures, processes
 from experiments.batches import train_batches
 from experiments.checkpoints import RECIPE, Checkpoints, newest
 from experiments.data import Dataset, LazySplit, Split, load
@@ -110,8 +110,8 @@ def _flag(name: str) -> str:
 
 
 def main(config: Config) -> None:
-    console = Console()
     devices = config.start()
+    console = Console(quiet=not processes.first())
     surroundings = environment(devices)
     tell = partial(console.print, highlight=False, soft_wrap=True)
     tell(in_a_line(surroundings))
@@ -136,7 +136,7 @@ def main(config: Config) -> None:
     step = devices.compile(train_step)
     history, summary = {}, {}
     go_on = command(dataclasses.replace(config, resume=True, overwrite=False))
-    profile = traced(step, run.out / PROFILE) if config.profile else nullcontext(step)
+    profile = traced(step, run.out / PROFILE) if config.profile and processes.first() else nullcontext(step)
     with Progress(console) as progress, Stop(go_on) as stop, profile as step:
         for arm, weight in (('softmax', 0.0), ('center', config.center_weight)):
             with Checkpoints(run.out / CHECKPOINTS / arm, config.save_every, stop, devices) as saves:
@@ -145,7 +145,8 @@ def main(config: Config) -> None:
                 )
     run.write_summary(summary)
     console.print(table(summary))
-    draw(config, data, history, summary, run)
+    if processes.first():
+        draw(config, data, history, summary, run)
     tell(f'{run.out / "report.html"} has the pictures and all numbers')
 
 
@@ -193,7 +194,7 @@ def train(
 
     A save comes after the row and the snapshot of each epoch that it has; those beyond it are made again.
     """
-    batches = train_batches(data.train, config.batch_size, config.seed)
+    batches = train_batches(data.train, config.batch_size, config.seed, jax.process_index(), jax.process_count())
     steps = steps_of(config, data)
     weight = devices.place_state(np.float32(center_weight))
     host, tally = saves.restore(initial, batches, tell) or (initial, Tally())
@@ -207,7 +208,7 @@ def train(
     else:
         history.load(epochs)
         tell(f'the {arm} arm goes on after {epochs} epochs and {tally.steps} steps')
-    scalars = Scalars(run.out / TENSORBOARD / arm, rows) if config.tensorboard else None
+    scalars = Scalars(run.out / TENSORBOARD / arm, rows) if config.tensorboard and processes.first() else None
     progress.start(arm, config.epochs * steps, int(host.step))
     for epoch in range(epochs + 1, config.epochs + 1):
         report = partial(progress.report, (epoch - 1) * steps)
