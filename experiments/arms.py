@@ -10,10 +10,12 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
 
+import jax
 import numpy as np
 from flax.training.train_state import TrainState
 from rich.console import Console
 
+from experiments import processes
 from experiments.batches import train_batches
 from experiments.checkpoints import RECIPE, Checkpoints, newest
 from experiments.data import Dataset, load
@@ -39,9 +41,10 @@ class Arm:
 class Job:
     """A run from its settings to its trained arms."""
 
-    def __init__(self, settings: Settings, console: Console):
-        self.settings, self.console = settings, console
+    def __init__(self, settings: Settings):
+        self.settings = settings
         self.devices = settings.start()
+        self.console = Console(quiet=not processes.first())
         self._surroundings = environment(self.devices)
         self.tell(in_a_line(self._surroundings))
         self.run = Run(settings.out, overwrite=settings.overwrite, resume=settings.resume)
@@ -107,7 +110,8 @@ class Job:
         model = Classifier(settings.model, settings.feature_dim, self.data.num_classes)
         step = self.devices.compile(train_step)
         go_on = dataclasses.replace(settings, resume=True, overwrite=False).command()
-        profile = traced(step, self.run.out / PROFILE) if settings.profile else nullcontext(step)
+        traces = settings.profile and processes.first()
+        profile = traced(step, self.run.out / PROFILE) if traces else nullcontext(step)
         results = {}
         with Progress(self.console) as progress, Stop(go_on) as stop, profile as step:
             for arm in arms:
@@ -136,7 +140,8 @@ class Job:
         are made again.
         """
         devices, steps, last = self.devices, self.steps, self.settings.epochs
-        batches = train_batches(self.data.train, self.settings.batch_size, arm.seed)
+        own = jax.process_index(), jax.process_count()
+        batches = train_batches(self.data.train, self.settings.batch_size, arm.seed, *own)
         weight = devices.place_state(np.float32(arm.center_weight))
         host, tally = saves.restore(initial, batches, self.tell) or (initial, Tally())
         state = devices.place_state(host)
@@ -147,7 +152,8 @@ class Job:
             look(0, one)
         else:
             self.tell(f'the {arm.name} arm goes on after {epochs} epochs and {tally.steps} steps')
-        scalars = Scalars(self.run.out / TENSORBOARD / arm.name, rows) if self.settings.tensorboard else None
+        writes = self.settings.tensorboard and processes.first()
+        scalars = Scalars(self.run.out / TENSORBOARD / arm.name, rows) if writes else None
         progress.start(arm.name, last * steps, int(host.step))
         for epoch in range(epochs + 1, last + 1):
             report = partial(progress.report, (epoch - 1) * steps)

@@ -21,12 +21,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
+from experiments import processes
 from experiments.devices import Devices
 from experiments.runs import RunError
 from experiments.stopping import Stop
 from experiments.training import Tally
 
 KEPT = 2
+
+# Several processes must save at the same step. To agree on it each time would make them wait for their devices.
+AGREE_EVERY = 16
 
 RECIPE = (
     'To keep the network and start new centers see "Runs that survive" in README: checkpoints.keep_network; '
@@ -41,7 +45,7 @@ class Checkpoints:
         self._folder = folder
         self._manager = _manager(folder, max_to_keep=KEPT)
         self._every, self._stop, self._devices = every, stop, devices
-        self._last = time.monotonic()
+        self._last, self._calls = time.monotonic(), 0
 
     def __enter__(self) -> 'Checkpoints':
         # Of many reads at once one meets the damage, and Orbax forgets the others: each would print a traceback.
@@ -57,7 +61,13 @@ class Checkpoints:
             self._hook(unraisable)
 
     def due(self) -> bool:
-        return self._stop.asked or time.monotonic() - self._last >= self._every
+        wanted = time.monotonic() - self._last >= self._every
+        if processes.several():
+            self._calls += 1
+            if self._calls % AGREE_EVERY:
+                return False
+            (wanted,) = self._stop.agree(wanted)
+        return self._stop.asked or bool(wanted)
 
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None:
         """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped."""
@@ -77,9 +87,10 @@ class Checkpoints:
         self, like: TrainState, batches: grain.DatasetIterator, tell: Callable[[str], None]
     ) -> tuple[TrainState, Tally] | None:
         """The newest save that is whole, or None; `batches` go on from there. Those after it are named and removed."""
-        for path in _unfinished(self._folder, self._manager):
+        for path in _unfinished(self._folder, self._manager) if processes.first() else ():
             tell(f'{path} is unfinished; it is left out')
             shutil.rmtree(path)
+        processes.together('unfinished saves are gone')
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 _check_shapes(self._manager.item_metadata(step)['state'], like)

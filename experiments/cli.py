@@ -1,14 +1,18 @@
 """The command line of an experiment: a frozen dataclass is its flags, its defaults and its help."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import simple_parsing
 
+from experiments import processes
 from experiments.data import DataError
+from experiments.rendezvous import JoinError
 from experiments.runs import RunError
 from experiments.stopping import Stopped
+from experiments.where import Where
 
 
 class _Parser(simple_parsing.ArgumentParser):
@@ -29,12 +33,28 @@ def main(
         add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
     )
     parser.add_arguments(config_class, 'config')  # pyright: ignore[reportArgumentType, reportCallIssue]  # a dataclass
+    code, message = _outcome(parser, experiment, argv)
+    if message:
+        sys.stderr.write(f'{parser.prog}: {message}\n')
+    processes.end(code, message)
+    sys.exit(code)
+
+
+def _outcome(parser: _Parser, experiment: Callable[[Any], None], argv: Sequence[str] | None) -> tuple[int, str]:
     try:
-        experiment(parser.parse_args(argv).config)
-    except (DataError, RunError, ValueError) as error:
-        parser.error(str(error))
+        config = parser.parse_args(argv).config
+        if isinstance(config, Where):
+            config.join()
+        experiment(config)
+    except (DataError, JoinError, RunError, ValueError) as error:
+        return 2, str(error)
     except Stopped as stopped:
-        parser.exit(stopped.exit_code, f'{parser.prog}: {stopped}\n')
+        return stopped.exit_code, str(stopped)
     except KeyboardInterrupt:
-        parser.exit(130, f'{parser.prog}: interrupted\n')
-    sys.exit(0)
+        return 130, 'interrupted'
+    except Exception:
+        if not processes.several():
+            raise
+        processes.look_for_the_lost()
+        return 1, traceback.format_exc()
+    return 0, ''

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import jax_utils
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,18 +53,18 @@ class Devices:
         def place(path, leaf):
             if _is_table(path):
                 return clj.shard_centers(leaf, by_rows)
-            return jax.device_put(leaf, NamedSharding(mesh, P()))
+            return _put(leaf, NamedSharding(mesh, P()))
 
         return jax.tree_util.tree_map_with_path(place, state)
 
     def place_batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
-        """Spreads a batch over the devices, filled up with the label -1 to a number that they divide."""
-        missing = self.rounded_up(len(labels)) - len(labels)
+        """Spreads a batch, or this process's part of it, over its devices, filled up with the label -1."""
+        missing = -len(labels) % (len(self.devices) // jax.process_count())
         if missing:
             images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
             labels = np.pad(labels, (0, missing), constant_values=-1)
         if self.mesh is not None:
-            return jax.device_put((images, labels), NamedSharding(self.mesh, P(self.mesh.axis_names)))
+            return self.spread((images, labels))
         shards = len(self.devices)
         stacked = images.reshape(shards, -1, *images.shape[1:]), labels.reshape(shards, -1)
         mesh = Mesh(np.array(self.devices), (self.axis_name,))
@@ -73,11 +74,18 @@ class Devices:
         """The least number of examples from `batch_size` on that the devices divide."""
         return batch_size + -batch_size % len(self.devices)
 
-    def place_images(self, images: np.ndarray) -> Any:
-        """Images for a function of one copy of the state, their number `rounded_up`."""
+    def spread(self, arrays: Any) -> Any:
+        """Arrays of examples, or of this process's part of them, over a mesh; elsewhere they stay as they are."""
         if self.mesh is None:
-            return images
-        return jax.device_put(images, NamedSharding(self.mesh, P(self.mesh.axis_names)))
+            return arrays
+        with jax.transfer_guard('allow'):  # of several processes' parts JAX takes the transfer for one by the way
+            return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P(self.mesh.axis_names)), arrays)
+
+    def gather(self, arrays: Any) -> Any:
+        """Arrays of examples as `spread` laid them out, or a function of them, whole and in NumPy."""
+        if jax.process_count() == 1:
+            return jax.device_get(arrays)
+        return multihost_utils.process_allgather(arrays, tiled=True)
 
     def one(self, tree: Any) -> Any:
         """One copy of what the devices have; the centers in C rows, on the host if they are spread over a mesh."""
@@ -92,28 +100,37 @@ class Devices:
         return jax.tree.map(np.asarray, one)  # a number as an array [], which a save can be compared with
 
 
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
+    """device_put; over several processes without comparing what each of them has."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(jax.device_get(leaf))
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def _is_table(path: Any) -> bool:
     return jax.tree_util.keystr(path, simple=True, separator='/').endswith('center/centers')
 
 
 def choose(parallel: str, mesh: str | None = None) -> Devices:
-    """The devices for `--parallel` and `--mesh`. 'auto' is a mesh over all local ones, 'none' the first."""
-    local = tuple(jax.local_devices())
+    """The devices for `--parallel` and `--mesh`. 'auto' is a mesh over those of all processes, 'none' the first."""
+    # One process's after the other's, so that the parts of a batch that they read stay next to each other.
+    found = tuple(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
     if mesh is not None:
         sizes = mesh_sizes(mesh)
-        if math.prod(sizes.values()) != len(local):
-            raise ValueError(f'--mesh {mesh} has {math.prod(sizes.values())} devices, but there are {len(local)}')
-        return over_mesh(local, sizes)
+        if math.prod(sizes.values()) != len(found):
+            raise ValueError(f'--mesh {mesh} has {math.prod(sizes.values())} devices, but there are {len(found)}')
+        return over_mesh(found, sizes)
     if parallel == 'pmap':
-        return Devices(local, axis_name='data', mesh=None)
-    used = local if parallel == 'auto' else local[:1]
+        return Devices(found, axis_name='data', mesh=None)
+    used = found if parallel == 'auto' else found[:1]
     return over_mesh(used, {'data': len(used)})
 
 
 def over_mesh(devices: Sequence[Any], sizes: Mapping[str, int]) -> Devices:
     """These devices as a mesh with axes of these names and sizes."""
-    axis_types = (AxisType.Auto,) * len(sizes)
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=devices)
+    grid = np.array(devices).reshape(*sizes.values())
+    mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     return Devices(tuple(devices), axis_name=None, mesh=mesh)
 
 

@@ -49,13 +49,15 @@ def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> E
 
 def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features, logits and labels of a whole split."""
-    parts, labels = [], []
-    for images, own in eval_batches(split, devices.rounded_up(BATCH_SIZE)):
-        labels.append(own)
-        parts.append(_predict(state.params['params'], devices.place_images(images), state.apply_fn))
+    parts = []
+    batch_size = devices.rounded_up(BATCH_SIZE)
+    for batch in eval_batches(split, batch_size, jax.process_index(), jax.process_count()):
+        images, labels = devices.spread(batch)
+        parts.append((*_predict(state.params['params'], images, state.apply_fn), labels))
     # The last batch is filled up.
-    features, logits = (np.concatenate(part)[: len(split)] for part in zip(*jax.device_get(parts), strict=True))
-    return features, logits, np.concatenate(labels)[: len(split)]
+    columns = zip(*devices.gather(parts), strict=True)
+    features, logits, labels = (np.concatenate(column)[: len(split)] for column in columns)
+    return features, logits, labels
 
 
 def nearest(state: TrainState, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

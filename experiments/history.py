@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import processes
 from experiments.panel import Snapshot
 from experiments.runs import RunError
 
@@ -19,9 +20,10 @@ class History:
     def add(self, snapshot: Snapshot) -> None:
         """Keeps the snapshot of the epoch that comes next; the earlier ones of a resumed arm are read."""
         self.read(snapshot.epoch - 1)
-        self._folder.mkdir(exist_ok=True)
-        save_snapshot(self._path(snapshot.epoch), snapshot)
         self.snapshots.append(snapshot)
+        if processes.first():
+            self._folder.mkdir(exist_ok=True)
+            save_snapshot(self._path(snapshot.epoch), snapshot)
 
     def read(self, epoch: int) -> None:
         """Reads the snapshots up to an epoch that are not here yet."""

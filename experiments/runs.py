@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from experiments import processes
 from experiments.devices import Devices
 from experiments.files import write_table, write_text
 
@@ -32,6 +33,7 @@ def environment(devices: Devices) -> dict[str, Any]:
     """Where a run computes and with what."""
     kinds = sorted({device.device_kind for device in devices.devices})
     return {
+        'processes': jax.process_count(),
         'devices': f'{len(devices.devices)} x {", ".join(kinds)}',
         'backend': jax.default_backend(),
         'versions': {
@@ -68,13 +70,19 @@ class Run:
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes
-        all, or the results alone if that run is resumed.
+        all, or the results alone if that run is resumed. Of several processes the first one does it.
         """
+        if self.resumed and (self.out / METRICS).exists():
+            self.rows = self.metrics()
+        processes.together('all have seen the folder')
+        if processes.first():
+            self._clear(config)
+        processes.together('the folder is made')
+
+    def _clear(self, config: Mapping[str, Any]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
-        if self.resumed and (self.out / METRICS).exists():
-            self.rows = self.metrics()
         if not self.resumed:
             for name in (CONFIG, METRICS):
                 (self.out / name).unlink(missing_ok=True)
@@ -108,7 +116,8 @@ class Run:
         self.rows.append(dict(row))
         arms = list(dict.fromkeys(row['arm'] for row in self.rows))
         self.rows.sort(key=lambda row: arms.index(row['arm']))
-        write_table(self.out / METRICS, self.rows)
+        if processes.first():
+            write_table(self.out / METRICS, self.rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.csv, numbers as numbers."""
@@ -119,7 +128,8 @@ class Run:
         return read_json(self.out / CONFIG)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_json(self.out / SUMMARY, summary)
+        if processes.first():
+            write_json(self.out / SUMMARY, summary)
 
 
 def _number(text: str) -> float | str:

@@ -3,6 +3,8 @@
 import signal
 from typing import Any
 
+from experiments import processes
+
 
 class Stopped(Exception):
     """The run was asked to stop and has saved; the message says how to go on."""
@@ -17,7 +19,7 @@ class Stop:
 
     def __init__(self, command: str):
         self._command = command
-        self._signum = 0
+        self._heard = self._signum = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'Stop':
@@ -29,8 +31,15 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, signum: int, _) -> None:
-        self._signum = signum
+        self._heard = signum
+        if not processes.several():
+            self._signum = signum
         self.__exit__()
+
+    def agree(self, *others: int) -> list[int]:
+        """Asks all processes of a run to stop if one of them was asked; returns the largest of their other numbers."""
+        self._signum, *rest = processes.largest(self._heard, *others)
+        return rest
 
     @property
     def asked(self) -> bool:

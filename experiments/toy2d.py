@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 from flax.training.train_state import TrainState
-from rich.console import Console
 from rich.table import Column, Table
 
-from experiments import cli, figures
+from experiments import cli, figures, processes
 from experiments.arms import Arm, Job
 from experiments.data import Dataset, LazySplit, Split
 from experiments.evaluation import Evaluation, evaluate
@@ -47,7 +46,7 @@ class Config(Settings):
 
 
 def main(config: Config) -> None:
-    job = Job(config, Console())
+    job = Job(config)
     if job.finished():
         return
     data = job.load()
@@ -71,10 +70,11 @@ def main(config: Config) -> None:
         return {**measures(last), 'collapsed': last.collapsed, 'train_seconds': job.seconds(arm)}
 
     summary = job.train(arms, look, finish)
-    write_known(job.run.out, data.class_names, reach)
     job.run.write_summary(summary)
     job.console.print(table(summary))
-    draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
+    if processes.first():
+        write_known(job.run.out, data.class_names, reach)
+        draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import centerloss_jax as clj
 from experiments.devices import Devices
 from experiments.models import Classifier
+from experiments.processes import total
 
 
 def create_state(
@@ -158,7 +159,7 @@ def train_epoch(
             if last or (saves is not None and saves.due()):
                 fetched = devices.fetch(history)
                 now = time.perf_counter()
-                tally = tally.add(counts, fetched, now - start)
+                tally = tally.add(total(counts), fetched, now - start)
                 counts, history, start = [], [], now
                 if saves is not None and not last:
                     saves.save(state, batches, tally)

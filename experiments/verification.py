@@ -13,10 +13,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from flax.training.train_state import TrainState
-from rich.console import Console
 from rich.table import Column, Table
 
-from experiments import cli
+from experiments import cli, processes
 from experiments.arms import Arm, Job
 from experiments.devices import Devices
 from experiments.evaluation import embed, evaluate, nearest
@@ -59,7 +58,7 @@ class Config(Settings):
 
 
 def main(config: Config) -> None:
-    job = Job(config, Console())
+    job = Job(config)
     if job.finished():
         return
     parts = divide(job.load(), config.held_out)
@@ -90,12 +89,13 @@ def main(config: Config) -> None:
         values, roc, reach[full_name] = results[full_name]
         rows.append({'arm': name, 'seed': arm.seed, **values})
         rocs[name].append(roc)
-    write_table(job.run.out / TABLE, rows)
-    write_known(job.run.out, parts.known.class_names, reach)
     summary = compare(rows)
     job.run.write_summary(summary)
     job.console.print(table(summary))
-    draw(config, job, parts, rocs, summary)
+    if processes.first():
+        write_table(job.run.out / TABLE, rows)
+        write_known(job.run.out, parts.known.class_names, reach)
+        draw(config, job, parts, rocs, summary)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
 
 

@@ -73,11 +73,12 @@ def test_the_order_does_not_depend_on_the_number_of_threads(monkeypatch, threads
 
 def test_processes_share_the_batches_of_one():
     split = numbered(10)
-    whole = take(train_batches(split, 4, seed=0), 6)
-    parts = [take(train_batches(split, 4, 0, index, 2), 6) for index in range(2)]
-    for (images, labels), first, second in zip(whole, *parts, strict=True):
-        np.testing.assert_array_equal(np.concatenate([first[1], second[1]]), labels)
-        np.testing.assert_array_equal(np.concatenate([first[0], second[0]]), images)
+    train = [take(train_batches(split, 4, 0, index, count), 6) for index, count in ((0, 1), (0, 2), (1, 2))]
+    test = [list(eval_batches(split, 4, index, count)) for index, count in ((0, 1), (0, 2), (1, 2))]
+    for batches in (train, test):
+        for (images, labels), first, second in zip(*batches, strict=True):
+            np.testing.assert_array_equal(np.concatenate([first[1], second[1]]), labels)
+            np.testing.assert_array_equal(np.concatenate([first[0], second[0]]), images)
 
 
 def test_a_batch_that_processes_cannot_share_is_an_error():

@@ -156,6 +156,7 @@ def test_lfw_whose_labels_are_names_and_which_has_one_split_is_verified_on_some_
     assert known['class_names'] == [f'Person_{letter}' for letter in 'ABCDEFG']
 
 
+@pytest.mark.slow
 def test_a_folder_of_identities_is_verified(tmp_path, capsys):
     for number, (image, label) in enumerate(pictures_of(4, 5, 8)):
         folder = tmp_path / 'people' / f'person {label}'
