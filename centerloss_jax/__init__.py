@@ -14,6 +14,7 @@ from centerloss_jax._loss import center_loss, center_loss_and_rows, center_rows
 from centerloss_jax._nearest import nearest_center
 from centerloss_jax._optimizer import with_centers
 from centerloss_jax._placement import shard_centers, unshard_centers
+from centerloss_jax._replicas import check_replicas
 from centerloss_jax._rows import RowUpdates, concatenate_rows
 from centerloss_jax._statistics import ClassStatistics, class_statistics
 from centerloss_jax._update import CenterUpdateState, center_update
@@ -29,6 +30,7 @@ __all__ = [
     'center_rows',
     'center_update',
     'check_labels',
+    'check_replicas',
     'class_statistics',
     'concatenate_rows',
     'linen',
