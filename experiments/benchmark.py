@@ -29,8 +29,8 @@ from experiments.files import write_text
 from experiments.jax_arms import Arm, Cell
 from experiments.models import Classifier
 from experiments.runs import environment, in_a_line
-from experiments.timing import bandwidth, keep_freed_memory, measure
-from experiments.training import create_state, train_step
+from experiments.timing import Timing, bandwidth, keep_freed_memory, measure
+from experiments.training import create_state, train_epoch, train_step
 
 # A step reads x, the centers of the batch and the gradient, and writes the gradient and the centers.
 PASSES = 5
@@ -122,9 +122,7 @@ def measure_one(
     return {
         'arm': name,
         **cell._asdict(),
-        'step_seconds': timing.median,
-        'low_seconds': timing.low,
-        'high_seconds': timing.high,
+        **timing.row(),
         'times_copy': timing.median / floor,
         'temporary_bytes': temporary,
         'accessed_bytes': accessed,
@@ -132,9 +130,13 @@ def measure_one(
 
 
 def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
-    """The whole training step of the toy, network and optimizers included, in both libraries."""
+    """The whole training step of the toy, network and optimizers included, in both libraries; and the loop around ours.
+
+    The loop reads batches, keeps metrics and shows progress, as `experiments.toy2d` does between two evaluations.
+    """
     data, devices = load('digits'), choose('none')
-    images, labels = next(train_batches(data.train, 32, seed=0))
+    batches, batch_size = train_batches(data.train, 32, seed=0), 32
+    images, labels = next(batches)
     state = create_state(Classifier('small', 2, data.num_classes), data.image_shape, 0, 3e-3, 0.5, devices)
     step, weight = devices.compile(train_step), devices.place_state(np.float32(0.1))
     batch = devices.place_batch(images, labels)
@@ -149,33 +151,30 @@ def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, A
     if torch:
         arms['torch'] = torch_arms.toy(torch, images, labels, data.num_classes, 3e-3)
     timings = {name: measure(arm.steps, config.rounds) for name, arm in arms.items()}
-    shown = Table('training step of the toy, B=32', Column('ms', justify='right'), Column('of ours', justify='right'))
+    seconds = []
+    for _ in range(config.rounds):
+        number = -(-len(data.train) // batch_size)
+        state, metrics = train_epoch(state, step, batches, number, weight, devices, lambda *_: None)
+        seconds.append(1 / metrics['steps_per_second'])
+    timings['the loop around it'] = Timing.of(seconds)
+    shown = Table('training step of the toy, B=32', Column('ms', justify='right'), Column('x ours', justify='right'))
     for name, timing in timings.items():
         shown.add_row(name, f'{timing.median * 1e3:.2f}', f'{timing.median / timings["centerloss_jax"].median:.2f}')
     console.print(shown)
-    return [
-        {
-            'allocator': 'toy',
-            'arm': name,
-            **Cell(32, data.num_classes, 2)._asdict(),
-            'step_seconds': timing.median,
-            'low_seconds': timing.low,
-            'high_seconds': timing.high,
-        }
-        for name, timing in timings.items()
-    ]
+    cell = Cell(batch_size, data.num_classes, 2)
+    return [{'allocator': 'toy', 'arm': name, **cell._asdict(), **timing.row()} for name, timing in timings.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Milliseconds a step with their quartiles, as multiples of ours and of the copy floor."""
-    names = 'ms', 'quartiles', 'x ours', 'x floor', 'MB'
+    """Milliseconds a step with half the distance of their quartiles, as multiples of ours and of the copy floor."""
+    names = 'ms', '±', 'x ours', 'x floor', 'MB'
     shown = Table('B', 'C', Column('arm', no_wrap=True), *(Column(name, justify='right') for name in names))
     ours = {cell_of(row): row['step_seconds'] for row in rows if row['arm'] == 'centerloss_jax'}
     for row in rows:
-        quartiles = f'{row["low_seconds"] * 1e3:.2f} {row["high_seconds"] * 1e3:.2f}'
+        spread = f'{(row["high_seconds"] - row["low_seconds"]) / 2 / row["step_seconds"]:.0%}'
         temporary = '' if row['temporary_bytes'] is None else f'{row["temporary_bytes"] / 1e6:.1f}'
         ratio = row['step_seconds'] / ours[cell_of(row)]
-        numbers = f'{row["step_seconds"] * 1e3:.2f}', quartiles, f'{ratio:.2f}', f'{row["times_copy"]:.1f}', temporary
+        numbers = f'{row["step_seconds"] * 1e3:.2f}', spread, f'{ratio:.2f}', f'{row["times_copy"]:.1f}', temporary
         shown.add_row(str(row['batch_size']), f'{row["num_classes"]:.0e}', row['arm'], *numbers)
     best = peers(rows)
     if best:

@@ -7,7 +7,7 @@ pages, and arms that alternate step by step push each other's tables out of the 
 import ctypes
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,14 @@ class Timing:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> 'Timing':
+        low, median, high = np.percentile(seconds, [25, 50, 75])
+        return cls(float(median), float(low), float(high))
+
+    def row(self) -> dict[str, float]:
+        return {'step_seconds': self.median, 'low_seconds': self.low, 'high_seconds': self.high}
+
 
 def measure(steps: Iterator[Any], rounds: int) -> Timing:
     """Times `next(steps)`, which must wait for its own result, in so many blocks of eight."""
@@ -37,8 +45,7 @@ def measure(steps: Iterator[Any], rounds: int) -> Timing:
         for _ in range(BLOCK):
             next(steps)
         seconds.append((time.perf_counter() - begun) / BLOCK)
-    low, median, high = np.percentile(seconds, [25, 50, 75])
-    return Timing(float(median), float(low), float(high))
+    return Timing.of(seconds)
 
 
 def bandwidth() -> float:
