@@ -57,7 +57,10 @@ def check_features(x: ArrayLike, num_features: int | None = None) -> Array:
 
 
 def check_floating(a: ArrayLike, name: str) -> Array:
-    array = jnp.asarray(a)
+    try:
+        array = jnp.asarray(a)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f'{name} must be a floating point array, got {type(a).__name__}: {error}') from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f'{name} must be floating point, got {type_name(array)}; cast it with {name}.astype(...)')
     return array
@@ -78,7 +81,8 @@ def as_integers(labels: ArrayLike | Sequence) -> AnyArray:
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels, dtype=np.int32 if np.size(labels) == 0 and isinstance(labels, list) else None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        hint = 'a mask is passed as where=' if labels.dtype == bool else 'for one-hot labels pass labels.argmax(-1)'
+        hint = 'cast them with labels.astype(int)' if labels.ndim < 2 else 'for one-hot labels pass labels.argmax(-1)'
+        hint = 'a mask is passed as where=' if labels.dtype == bool else hint
         raise TypeError(f'labels must be integers, got {type_name(labels)}; {hint}')
     return labels
 
@@ -100,7 +104,7 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
 
     Raises:
       TypeError: if labels are not integers.
-      ValueError: if a label is `num_classes` or more. It names the first one and its place.
+      ValueError: if a label is `num_classes` or more, with the first one and its place; if num_classes is below 1.
 
     Example:
       >>> import centerloss_jax as clj
@@ -109,6 +113,8 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
       Traceback (most recent call last):
       ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2; negative ones leave an example out
     """
+    if num_classes < 1:
+        raise ValueError(f'num_classes must be at least 1, got {num_classes}')
     labels = np.asarray(jax.device_get(as_integers(labels)))
     _raise_on_mistakes(labels, ~np.asarray(below(labels, num_classes)), num_classes)
 

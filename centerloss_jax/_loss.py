@@ -57,7 +57,8 @@ def center_loss(
       A scalar, or labels.shape with `reduce_fn=None`; float32, or float64 where an input is.
 
     Raises:
-      TypeError: if x or centers are not floating point, labels not integers or where not boolean.
+      TypeError: if x or centers are not floating point, labels not integers, where not boolean,
+        or reduce_fn no function.
       ValueError: if shapes do not fit, or a concrete label is C or more.
       NameError: if axis_name is not an axis that surrounds the call.
 
@@ -166,6 +167,8 @@ def _reduce(batch: Examples, reduce_fn: ReduceFn | None, axis_name: AxisName | N
         if reduce_fn is not jnp.mean:
             raise ValueError('axis_name goes with reduce_fn=jnp.mean alone: it sets the denominator of the mean')
         check_axis_name(axis_name)
+    if reduce_fn is not None and not callable(reduce_fn):
+        raise TypeError(f'reduce_fn must be a function such as jnp.sum, or None, got {reduce_fn!r}')
     squares = jnp.square(batch.difference)
     per_example = jnp.sum(squares if batch.weights is None else batch.weights * squares, axis=-1)
     counted = batch.rows.counted

@@ -69,6 +69,9 @@ def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:
 
 
 def check_axis_name(axis_name: str | tuple[str, ...]) -> None:
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f'axis_name must be the name of an axis or a tuple of names, got {axis_name!r}')
     try:
         jax.lax.axis_size(axis_name)
     except NameError:

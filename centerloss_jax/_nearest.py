@@ -2,7 +2,8 @@
 
 The expanded square |x|^2 + |c|^2 - 2 x.c is one matrix product, but it is rounded: features of norm 1e4 that lie 1e-2
 apart lose every digit. So it only proposes. Its rounding error is bounded, and every center that may be nearest within
-that bound is measured by its direct difference. For most blocks of centers no example needs even one.
+that bound is measured by its direct difference. For most blocks of centers no example needs even one; where there are
+too many, as among centers that coincide, the whole block is measured.
 """
 
 from functools import partial
@@ -15,6 +16,9 @@ from jax.typing import ArrayLike
 
 from centerloss_jax._lookup import LEFT_OUT, check_features, check_table, wide
 from centerloss_jax._mesh import num_shards, on_auto_axes
+
+# Candidates of a block that are measured one by one before all of them are.
+ROUNDS = 16
 
 
 def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) -> tuple[Array, Array]:
@@ -54,8 +58,8 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) 
     """
     centers = check_table(centers)
     x = check_features(x, centers.shape[1])
-    if block_size < 1:
-        raise ValueError(f'block_size must be at least 1, got {block_size}')
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f'block_size must be an integer of at least 1, got {block_size!r}')
     spec = jax.typeof(x).sharding.spec
     search = partial(_nearest, block_size=block_size, shards=num_shards(centers))
     return on_auto_axes(search, x, centers, spec=P(*spec[:-1]))
@@ -107,23 +111,40 @@ def _search(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
         lowest = jnp.where(jnp.isfinite(lowest), lowest, -jnp.inf)
         lowest = jnp.where(finite & usable[:, None], lowest, jnp.inf)
 
-        def unsettled(state):
-            lowest, (_, distances) = state
-            return ((lowest <= distances[:, None]) & (lowest < jnp.inf)).any()
-
-        def measure(state):
-            lowest, (labels, distances) = state
-            candidate = jnp.argmin(lowest, axis=-1)
+        def settle(candidate, best):
+            labels, distances = best
             possible = jnp.take_along_axis(lowest, candidate[:, None], axis=-1)[:, 0] < jnp.inf
             distance = jnp.sum(jnp.square(x - own[candidate]), axis=-1)
             label = (start + candidate).astype(jnp.int32)
-            closer = (distance < distances) | ((distance == distances) & (label < labels))
-            labels = jnp.where(possible & closer, label, labels)
-            distances = jnp.where(possible & closer, distance, distances)
-            seen = candidate[:, None] == jnp.arange(block_size)
-            return jnp.where(seen, jnp.inf, lowest), (labels, distances)
+            closer = possible & ((distance < distances) | ((distance == distances) & (label < labels)))
+            return jnp.where(closer, label, labels), jnp.where(closer, distance, distances)
 
-        return jax.lax.while_loop(unsettled, measure, (lowest, best))[1]
+        def unsettled(state):
+            lowest, (_, distances), _ = state
+            return ((lowest <= distances[:, None]) & (lowest < jnp.inf)).any()
+
+        def measure_one(state):
+            lowest, best, rounds = state
+            candidate = jnp.argmin(lowest, axis=-1)
+            seen = candidate[:, None] == jnp.arange(block_size)
+            return jnp.where(seen, jnp.inf, lowest), settle(candidate, best), rounds + 1
+
+        def measure_all(state):
+            lowest, best, rounds = state
+
+            def add_feature(d, squares):
+                return squares + jnp.square(x[:, d, None] - own[:, d])
+
+            # Begun from the state: what does not depend on it XLA would move out of the loop, and always do.
+            squares = jax.lax.fori_loop(0, num_features, add_feature, jnp.where(lowest < jnp.inf, 0, jnp.inf))
+            candidate = jnp.argmin(squares, axis=-1)
+            return jnp.full_like(lowest, jnp.inf), settle(candidate, best), rounds
+
+        state = lowest, best, 0
+        state = jax.lax.while_loop(lambda state: unsettled(state) & (state[2] < ROUNDS), measure_one, state)
+        # No bound tells centers apart that coincide, as those do that never moved. This runs once or not at all; a
+        # lax.cond, which it is, would run both ways under vmap.
+        return jax.lax.while_loop(unsettled, measure_all, state)[1]
 
     best = jnp.full(x.shape[0], LEFT_OUT, jnp.int32), jnp.full(x.shape[0], jnp.inf, dtype)
     return jax.lax.fori_loop(0, -(-num_classes // block_size), block, best)

@@ -40,6 +40,7 @@ def with_centers(
       state of the centers is `state.inner_states['centers'].inner_state`.
 
     Raises:
+      TypeError: if optimizer is none; as `center_update` for the others.
       ValueError: from `init` and `update`, if nothing in the tree is a center. Centers that never move are the field's
         most frequent fault, and an error is better.
 
@@ -58,6 +59,8 @@ def with_centers(
     References:
       Wen et al., ECCV 2016, Algorithm 1.
     """
+    if not hasattr(optimizer, 'update'):
+        raise TypeError(f'optimizer must be an optax optimizer, such as optax.adam(1e-3), got {optimizer!r}')
     centers = center_update(alpha, axis_name=axis_name, mesh=mesh)
     transforms: Any = {'params': optimizer, 'centers': centers}  # MultiSteps is a transform in all but its type
     return optax.partition(transforms, _labels)

@@ -54,7 +54,8 @@ def center_update(
 
     Raises:
       ValueError: if alpha is a number outside [0, 1].
-      TypeError: from `update`, if it is given anything but RowUpdates, or rows that were averaged or scaled.
+      TypeError: if alpha is no number and no schedule; from `update`, if it is given anything but RowUpdates, or rows
+        that were averaged or scaled.
       NameError: from `update`, if axis_name is not an axis that surrounds the call.
 
     Example:
@@ -71,6 +72,8 @@ def center_update(
     References:
       Wen et al., ECCV 2016, Eq. 4.
     """
+    if not callable(alpha) and (jnp.ndim(alpha) != 0 or isinstance(alpha, str)):
+        raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
     if not callable(alpha) and not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
 

@@ -42,6 +42,9 @@ class CenterLoss(nnx.Module):
       >>> loss.item(), rows.values.tolist()
       (25.0, [[-3.0, -4.0]])
 
+    Raises:
+      ValueError: if num_classes or num_features is below 1.
+
     References:
       Wen et al., ECCV 2016.
     """
@@ -55,6 +58,8 @@ class CenterLoss(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if num_classes < 1 or num_features < 1:
+            raise ValueError(f'num_classes and num_features must be at least 1, got {num_classes} and {num_features}')
         self.centers = Centers(centers_init(rngs.params(), (num_classes, num_features), dtype))
 
     def __call__(

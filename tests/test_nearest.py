@@ -197,3 +197,28 @@ def test_wrong_arguments_are_named(changed, error, message):
         clj.nearest_center(x, centers, **arguments)
     with pytest.raises(error, match=message):
         jax.eval_shape(partial(clj.nearest_center, **arguments), x, centers)
+
+
+@pytest.mark.parametrize('block_size', [1, 7, 64, 1024])
+def test_centers_that_coincide_are_told_by_their_class(block_size):
+    # More of them than are measured one by one, with a nearer one behind them.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(9, 4)).astype(np.float32)
+    zeros = np.zeros((100, 4), np.float32)
+    labels, distances = clj.nearest_center(x, zeros, block_size=block_size)
+    np.testing.assert_array_equal(labels, np.zeros(9))
+    np.testing.assert_allclose(distances, np.sum(x**2, axis=1), rtol=1e-6)
+    table = np.concatenate([zeros, 0.9 * x, zeros, x, x])
+    labels, distances = clj.nearest_center(x, table, block_size=block_size)
+    np.testing.assert_array_equal(labels, 209 + np.arange(9))
+    np.testing.assert_array_equal(distances, np.zeros(9))
+
+
+def test_two_tight_clusters_far_apart():
+    rng = np.random.default_rng(0)
+    table = 100 * np.where(np.arange(200) % 2, 1, -1)[:, None] + 1e-3 * rng.normal(size=(200, 4))
+    table, x = table.astype(np.float32), (table[::10] + 1e-4).astype(np.float32)
+    expected = np.sum((x[:, None].astype(np.float64) - table) ** 2, axis=-1)
+    labels, distances = clj.nearest_center(x, table)
+    np.testing.assert_array_equal(labels, expected.argmin(axis=1))
+    np.testing.assert_allclose(distances, expected.min(axis=1), rtol=1e-5)

@@ -1,10 +1,13 @@
 """README is run: each of its blocks stands alone, and its numbers follow from the library."""
 
+import inspect
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import centerloss_jax as clj
 
@@ -15,8 +18,21 @@ LINKS = re.findall(r'\]\((?!https?:|#)([^)]+)\)', README)
 
 
 @pytest.mark.parametrize('block', BLOCKS, ids=HEADINGS)
-def test_a_block_runs_as_it_stands(block):
-    exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
+def test_a_block_runs_as_it_stands_and_its_step_lowers_for_accelerators(block):
+    namespace = {'__name__': 'readme', 'center_weight': 0.1}
+    exec(compile(block, 'README.md', 'exec'), namespace)
+    step = namespace.get('train_step')
+    if step is not None:
+        arguments = [namespace[name] for name in inspect.signature(step).parameters]
+        modules = [value for value in arguments if isinstance(value, nnx.Module)]  # NNX steps have theirs in front
+        graphdef, state = nnx.split(modules)
+
+        def run(state, *arrays):
+            modules = nnx.merge(graphdef, state)
+            return step(*modules, *arrays), nnx.state(modules)
+
+        lowered = jax.jit(run).trace(state, *arguments[len(modules) :]).lower(lowering_platforms=('cuda', 'tpu'))
+        assert 'stablehlo' in lowered.as_text()
 
 
 def test_there_is_a_quickstart_for_each_kind_of_user():

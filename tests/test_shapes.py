@@ -6,7 +6,9 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl.testing import parameterized
+from flax import nnx
 from problems import make_problem
 
 import centerloss_jax as clj
@@ -83,3 +85,48 @@ class ShapesTest(chex.TestCase):
         chex.assert_shape([stats.count, stats.mean], [(5,), (5, 3)])
         chex.assert_shape([stats.intra, stats.inter, stats.ratio], ())
         chex.assert_type([stats.mean, stats.intra, stats.inter, stats.ratio], jnp.float32)
+
+    @variants
+    def test_center_update(self):
+        transform: Any = clj.center_update(0.5)
+        rows = clj.RowUpdates(jnp.arange(2), jnp.ones((2, 3)))
+        state = transform.init(None)
+        updates, state = self.variant(lambda rows, state: transform.update(rows, state))(rows, state)
+        chex.assert_shape([updates.indices, updates.values], [(2,), (2, 3)])
+        chex.assert_shape(list(state), ())
+        chex.assert_type([updates.values, *state], [jnp.float32, jnp.int32, jnp.int32, jnp.float32])
+
+    @variants
+    def test_with_centers(self):
+        transform: Any = clj.with_centers(optax.sgd(0.1))
+        tree = {'params': jnp.ones(4), 'centers': jnp.ones((5, 3))}
+        rows = clj.RowUpdates(jnp.arange(2), jnp.ones((2, 3)))
+
+        def step(tree, rows):
+            updates, _ = transform.update({'params': tree['params'], 'centers': rows}, transform.init(tree), tree)
+            return optax.apply_updates(tree, updates)
+
+        moved = self.variant(step)(tree, rows)
+        chex.assert_shape([moved['params'], moved['centers']], [(4,), (5, 3)])
+        chex.assert_type([moved['params'], moved['centers']], jnp.float32)
+
+    @variants
+    def test_the_linen_module(self):
+        problem = make_problem(leading=(7,), dtype=np.float32)
+        module = clj.linen.CenterLoss(len(problem.centers))
+        variables = {'centers': {'centers': problem.centers}}
+        loss, rows = self.variant(module.apply)(variables, problem.x, problem.labels)
+        chex.assert_shape([loss, rows.values], [(), (7, 3)])
+        chex.assert_type([loss, rows.values], jnp.float32)
+
+    @variants
+    def test_the_nnx_module(self):
+        problem = make_problem(leading=(7,), dtype=np.float32)
+
+        def call(x, centers, labels):
+            init = lambda *_: centers  # noqa: E731  # an initializer
+            return clj.nnx.CenterLoss(*centers.shape, centers_init=init, rngs=nnx.Rngs(0))(x, labels)
+
+        loss, rows = self.variant(call)(*problem.arrays)
+        chex.assert_shape([loss, rows.values], [(), (7, 3)])
+        chex.assert_type([loss, rows.values], jnp.float32)
