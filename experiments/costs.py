@@ -73,7 +73,7 @@ class Config:
 
 def main(config: Config) -> None:
     numbers = ('table GiB', 'dense GiB', 'temporary MiB', 'traffic MiB', 'network MiB')
-    table = Table('mesh', *(Column(name, justify='right') for name in numbers))
+    table = Table(Column('mesh', no_wrap=True), *(Column(name, justify='right') for name in numbers))
     job = config.num_classes, config.num_features, config.batch_size
     for mesh in config.meshes:
         costs = step_costs(*job, **mesh_sizes(mesh), itemsize=config.itemsize)
