@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 class Examples(NamedTuple):
     """A batch beside its centers, in float32 or wider."""
 
-    difference: Array  # [..., D] x - c_y, and 0 where the example is not valid
+    difference: Array  # [..., D] c_y - x, and 0 where the example is not valid
     weights: Array | None  # labels.shape + (1,) or [..., D], and 0 likewise
     rows: Rows
 
@@ -179,11 +179,11 @@ def examples(
     dtype = wide(x.dtype, centers.dtype)
     own = take_rows(centers, jnp.where(rows.valid, rows.indices, 0)).astype(dtype)
     # A row that only pads the table for a mesh holds Inf: its label is as far beyond the classes as any.
-    padding = rows.valid & jnp.isposinf(own[..., 0])
+    padding = rows.valid & jnp.isposinf(own).all(-1)
     valid = rows.valid & ~padding
     rows = Rows(jnp.where(padding, MISTAKE, rows.indices), rows.counted, valid)
     mask = valid[..., None]
-    difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own, 0)
+    difference = jnp.where(mask, own, 0) - jnp.where(mask, x.astype(dtype), 0)
     if weights is not None:
         weights = jnp.asarray(weights)
         if weights.shape not in (valid.shape, x.shape):

@@ -8,6 +8,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from centerloss_jax._blocks import add_scaled_rows
+from centerloss_jax._groups import group_rows
 from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
 from centerloss_jax._mesh import add_rows, set_rows, take_rows
 
@@ -34,6 +36,8 @@ class RowUpdates:
       indices: integers `[N]`, rows of the table.
       values: floating point `[N, D]`.
       guard: int32 `[]`, a constant. It is not for users: arithmetic on the rows makes it something else.
+      scale: floating point `[N]` or None. The row is `scale * values`; `center_update` leaves the product to where the
+        row is added, since on CPUs another [N, D] array costs more than all else.
 
     Example:
       >>> import centerloss_jax as clj
@@ -46,6 +50,7 @@ class RowUpdates:
     indices: ArrayLike
     values: ArrayLike
     guard: ArrayLike = dataclasses.field(default=np.int32(GUARD), kw_only=True)
+    scale: ArrayLike | None = dataclasses.field(default=None, kw_only=True)
 
     # Without it a NumPy table would add the rows up elementwise by itself.
     __array_ufunc__ = None
@@ -54,8 +59,11 @@ class RowUpdates:
         if not isinstance(table, (jax.Array, np.ndarray)):
             return NotImplemented
         table = check_table(table, 'the table')
-        indices, values = checked(self, table)
+        indices, values = checked(dataclasses.replace(self, scale=None), table)
         indices = jnp.where(indices < 0, table.shape[0], indices)
+        if self.scale is not None and wide(table.dtype) == table.dtype:
+            return add_scaled_rows(table, indices, values, jnp.asarray(self.scale))
+        values = scaled(self.scale, values)
         if wide(table.dtype) == table.dtype:
             return add_rows(table, indices, values.astype(table.dtype))
         # In a narrow dtype each addition rounds: sum a class's rows first, in float32, and round once.
@@ -120,30 +128,8 @@ def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array]
             raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
     whole = (guard == GUARD) & (indices < num_classes if num_classes <= jnp.iinfo(indices.dtype).max else True)
     narrow = jnp.where(indices >= 0, jnp.where(whole, indices, 0).astype(jnp.int32), -1)
-    return jnp.where(whole, narrow, MISTAKE), values.astype(wide(values.dtype))
+    return jnp.where(whole, narrow, MISTAKE), scaled(rows.scale, values.astype(wide(values.dtype)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """N rows grouped by their index. There are at most N groups, so all arrays keep the length N."""
-
-    indices: Array  # int32 [N], the index of each group, ascending; beyond the last group MISTAKE
-    group: Array  # int32 [N], the group of each row
-    size: Array  # int32 [N], the number of rows in each group
-
-    def sum(self, values: Array) -> Array:
-        return jnp.zeros_like(values).at[self.group].add(values, mode='promise_in_bounds')
-
-
-def group_rows(indices: Array) -> Groups:
-    """Groups rows by index in O(N log N), without an array of the table's length."""
-    order = jnp.argsort(indices)
-    ordered = indices[order]
-    first = jnp.concatenate([jnp.ones(min(1, ordered.size), bool), ordered[1:] != ordered[:-1]])
-    group = jnp.cumsum(first, dtype=jnp.int32) - 1
-    of_row = jnp.zeros_like(group).at[order].set(group, unique_indices=True)
-    return Groups(
-        indices=jnp.full_like(indices, MISTAKE).at[group].set(ordered),
-        group=of_row,
-        size=jnp.zeros_like(group).at[of_row].add(1),
-    )
+def scaled(scale: ArrayLike | None, values: Array) -> Array:
+    return values if scale is None else jnp.asarray(scale)[:, None] * values

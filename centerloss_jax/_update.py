@@ -9,9 +9,11 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from centerloss_jax._blocks import BLOCK, squared_norm_of_sums
+from centerloss_jax._groups import group_rows
 from centerloss_jax._lookup import MISTAKE, type_name
 from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
-from centerloss_jax._rows import RowUpdates, checked, group_rows
+from centerloss_jax._rows import RowUpdates, checked
 
 Alpha = float | Array | optax.Schedule
 
@@ -108,8 +110,20 @@ def _move(rows, table, rate, axis_name, mesh) -> tuple[RowUpdates, Array, Array]
     indices, values = replicate((indices, values), mesh)
     usable = (indices >= 0) & (indices < MISTAKE) & jnp.isfinite(values).all(axis=-1)
     left_out = jnp.sum((indices >= 0) & ~usable, dtype=jnp.int32)
-    groups = group_rows(jnp.where(usable, indices, MISTAKE))
+    indices = jnp.where(usable, indices, MISTAKE)
+    groups = group_rows(indices)
     # Scaled before they are summed, so that many large rows of one class stay finite.
-    scale = (-rate / (1 + groups.size.astype(values.dtype)))[groups.group]
-    total = groups.sum(jnp.where(usable[:, None], scale[:, None] * values, 0))
-    return RowUpdates(groups.indices, total), left_out, jnp.sum(jnp.square(total))
+    scale = jnp.where(usable, (-rate / (1 + groups.size.astype(values.dtype)))[groups.group], 0)
+
+    def together(values, scale):
+        total = groups.sum(jnp.where(scale[:, None] == 0, 0, scale[:, None] * values))
+        return groups.indices, total, jnp.ones_like(scale), jnp.sum(jnp.square(total))
+
+    def apart(values, scale):
+        return indices, values, scale, squared_norm_of_sums(groups.order, groups.group, values, scale)
+
+    if indices.shape[0] <= BLOCK:
+        indices, total, _, square = together(values, scale)
+        return RowUpdates(indices, total), left_out, square
+    indices, values, scale, square = jax.lax.platform_dependent(values, scale, cpu=apart, default=together)
+    return RowUpdates(indices, values, scale=scale), left_out, square

@@ -1,8 +1,10 @@
 """Batches of a split, shuffled and prefetched by Grain; their position is one number of the run's state.
 
-Grain shuffles indices, and a split is asked for a batch at a time, so that no image costs a call of its own.
+Grain's own shuffle takes 23 microseconds an index, a sixth of a small step. So an order is drawn for a whole epoch from
+Grain's generator of random numbers, and a split is asked for a batch at a time: no image costs a call of its own.
 """
 
+import functools
 from collections.abc import Iterator
 
 import grain
@@ -26,9 +28,15 @@ def train_batches(
     batches, `batch_size / process_count` examples, so that their number does not change what a run sees.
     """
     own, size = _part(batch_size, process_index, process_count)
-    order = grain.MapDataset.range(len(split)).seed(seed).shuffle().batch(batch_size, batch_fn=np.asarray)
-    batches = order.map(lambda indices: _take(split, indices[own], size)).repeat()
-    return iter(batches.to_iter_dataset(READ_OPTIONS))
+    steps = -(-len(split) // batch_size)
+    orders = grain.MapDataset.range(1).seed(seed).random_map(lambda _, rng: rng.permutation(len(split))).repeat()
+    order = functools.lru_cache(maxsize=2)(orders.__getitem__)  # by epoch; threads may be in two of them
+
+    def batch(index: int, step: int) -> Batch:
+        indices = np.asarray(order(index // steps))[step * batch_size : (step + 1) * batch_size]
+        return _take(split, indices[own], size)
+
+    return iter(grain.MapDataset.range(steps).repeat().map_with_index(batch).to_iter_dataset(READ_OPTIONS))
 
 
 def eval_batches(

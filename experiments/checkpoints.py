@@ -6,6 +6,7 @@ sums over the part of the epoch that is done. Nothing else is random or remember
 """
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -113,6 +114,7 @@ def newest(folder: Path) -> int:
 
 def saved_params(folder: Path | str) -> dict[str, Any]:
     """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy."""
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that it will not write
     with _manager(Path(folder), read_only=True) as manager:
         step = manager.latest_step()
         if step is None:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,13 +43,14 @@ class Dataset:
         return self.train.image_shape
 
 
-def load(dataset: str, data_dir: Path | None = None) -> Dataset:
+def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dataset:
     """Reads a dataset, and prepares it first if it is not there.
 
     Args:
         dataset: a name in the catalogue of TFDS, or `digits`, or a folder of images: `class/*.png|jpg|jpeg`,
             or `train/class/*` and `test/class/*`.
         data_dir: where prepared sets are; by default a folder in the user's cache.
+        image_size: width and height that images are brought to; 0 leaves them as they are.
 
     Raises:
         DataError: with what is wrong and what to do, in one to ten lines.
@@ -56,7 +58,7 @@ def load(dataset: str, data_dir: Path | None = None) -> Dataset:
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
     data_dir = (data_dir or cache).expanduser().absolute()
     try:
-        return _read(dataset, *_builder(dataset, data_dir))
+        return _read(dataset, *_builder(dataset, data_dir), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(f'{dataset} could not be read or prepared in {data_dir}: {error}') from error
 
@@ -79,20 +81,26 @@ def _builder(dataset: str, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, tu
     raise DataError(f'{dataset} is neither a dataset of tensorflow-datasets nor a folder of images{hint}')
 
 
-def _read(name: str, builder: Any, notes: tuple[str, ...]) -> Dataset:
+def _read(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> Dataset:
     features = builder.info.features
     keys = _keys(name, builder.info)
     height, width, channels = features[keys[0]].shape
-    if height is None or width is None:
+    if image_size:
+        width, height = image_size, image_size
+    elif height is None or width is None:
         width, height = FALLBACK_SIZE
         notes += (f'images of {name} differ in size; all were stretched to {width}x{height} pixels',)
     encoded = {key: tfds.decode.SkipDecoding() for key in features if _is_image(features[key])}
-    splits = {}
-    for split in builder.info.splits:
-        source = builder.as_data_source(split, decoders=encoded, file_format='array_record')
-        splits[split] = LazySplit(source, range(len(source)), keys, (height, width, channels))
+    sources = {
+        split: builder.as_data_source(split, decoders=encoded, file_format='array_record')
+        for split in builder.info.splits
+    }
+    class_names, number = _classes(features[keys[1]], sources, keys[1])
+    splits = {
+        split: LazySplit(source, range(len(source)), keys, (height, width, channels), number)
+        for split, source in sources.items()
+    }
     train, test, note = _train_and_test(name, splits)
-    class_names = tuple(features[keys[1]].names)
     return Dataset(name, class_names, train.in_memory_if_small(), test.in_memory_if_small(), notes + note)
 
 
@@ -101,6 +109,8 @@ def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     features: Any = info.features
     images = [key for key in features if _is_image(features[key])]
     labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
+    if not labels:  # as in lfw, whose labels are the names of people
+        labels = [key for key in features if key == 'label' and isinstance(features[key], tfds.features.Text)]
     for keys in (info.supervised_keys, (*images, *labels)):
         if keys and len(keys) == 2 and keys[0] in images and keys[1] in labels:
             return cast(tuple[str, str], keys)
@@ -109,6 +119,15 @@ def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
         f'{name} is no set for image classification, which takes one image of 8 bits a channel and one class '
         f'label; it has {described[:300]}'
     )
+
+
+def _classes(feature: Any, sources: dict[str, Any], key: str) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+    """The names of the classes, and the number of a class for what an example has as label."""
+    if isinstance(feature, tfds.features.ClassLabel):
+        return tuple(feature.names), int
+    found = {source[index][key] for source in sources.values() for index in range(len(source))}
+    names = sorted(found)
+    return tuple(name.decode() for name in names), {name: number for number, name in enumerate(names)}.__getitem__
 
 
 def _is_image(feature: Any) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
@@ -26,6 +27,7 @@ class Evaluation:
 
     features: np.ndarray  # [N, D]
     labels: np.ndarray  # [N]
+    distances: np.ndarray  # [N], to the nearest center
     accuracy: float  # of the classifier, in [0, 1]
     nearest_center_accuracy: float  # in [0, 1]
     softmax_loss: float  # mean cross-entropy
@@ -39,6 +41,14 @@ class Evaluation:
 
 def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> Evaluation:
     """Evaluates one copy of a state over a whole split."""
+    features, logits, labels = embed(state, split, devices)
+    centers = jax.device_get(state.params['centers']['center']['centers'])
+    distances, measures = jax.device_get(_measure(features, logits, labels, centers))
+    return Evaluation(features, labels, distances, **{name: float(value) for name, value in measures.items()})
+
+
+def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, logits and labels of a whole split."""
     parts = []
     batch_size = devices.rounded_up(BATCH_SIZE)
     for batch in eval_batches(split, batch_size, jax.process_index(), jax.process_count()):
@@ -47,9 +57,14 @@ def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> E
     # The last batch is filled up.
     columns = zip(*devices.gather(parts), strict=True)
     features, logits, labels = (np.concatenate(column)[: len(split)] for column in columns)
+    return features, logits, labels
+
+
+def nearest(state: TrainState, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of the nearest centers of one copy of a state, and the distances to them."""
     centers = jax.device_get(state.params['centers']['center']['centers'])
-    measures = jax.device_get(_measure(features, logits, labels, centers))
-    return Evaluation(features, labels, **{name: float(value) for name, value in measures.items()})
+    classes, squared_distances = jax.device_get(clj.nearest_center(features, centers))
+    return classes, np.sqrt(squared_distances)
 
 
 @jax.jit(static_argnames='apply_fn')
@@ -58,9 +73,9 @@ def _predict(params, images: Array, apply_fn) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _measure(features: Array, logits: Array, labels: Array, centers: Array) -> dict[str, Array]:
-    nearest, _ = clj.nearest_center(features, centers)
-    return {
+def _measure(features: Array, logits: Array, labels: Array, centers: Array) -> tuple[Array, dict[str, Array]]:
+    nearest, squared_distances = clj.nearest_center(features, centers)
+    return jnp.sqrt(squared_distances), {
         'accuracy': (logits.argmax(-1) == labels).mean(),
         'nearest_center_accuracy': (nearest == labels).mean(),
         'softmax_loss': optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),

@@ -18,19 +18,29 @@ class History:
         self.snapshots: list[Snapshot] = []
 
     def add(self, snapshot: Snapshot) -> None:
+        """Keeps the snapshot of the epoch that comes next; the earlier ones of a resumed arm are read."""
+        self.read(snapshot.epoch - 1)
         self.snapshots.append(snapshot)
         if processes.first():
             self._folder.mkdir(exist_ok=True)
-            np.savez(self._path(snapshot.epoch), allow_pickle=False, **dataclasses.asdict(snapshot))
+            save_snapshot(self._path(snapshot.epoch), snapshot)
 
-    def load(self, epoch: int) -> None:
-        """Reads all snapshots up to an epoch."""
-        for path in map(self._path, range(epoch + 1)):
+    def read(self, epoch: int) -> None:
+        """Reads the snapshots up to an epoch that are not here yet."""
+        for path in map(self._path, range(len(self.snapshots), epoch + 1)):
             if not path.exists():
                 raise RunError(f'{path} is missing, so the run cannot go on; pass --overwrite to start it anew')
-            with np.load(path) as arrays:
-                values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-            self.snapshots.append(Snapshot(**values))
+            self.snapshots.append(load_snapshot(path))
 
     def _path(self, epoch: int) -> Path:
         return self._folder / f'{self._arm}-{epoch}.npz'
+
+
+def save_snapshot(path: Path, snapshot: Snapshot) -> None:
+    np.savez(path, allow_pickle=False, **dataclasses.asdict(snapshot))
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    with np.load(path) as arrays:
+        values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+    return Snapshot(**values)

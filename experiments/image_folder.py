@@ -68,7 +68,7 @@ def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, li
     transparent, broken = 0, []
     for path in paths:
         try:
-            image, is_transparent = _open(path)
+            image, is_transparent = open_image(path)
         except Exception as error:  # Pillow raises some ten types for files that it cannot read
             broken.append(f'  {path.relative_to(folder)}: {str(error).replace(str(path), path.name)}')
             continue
@@ -94,8 +94,8 @@ def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, li
     return size, mode, notes
 
 
-def _open(path: Path) -> tuple[Image.Image, bool]:
-    """The image upright, in mode L or RGB, transparent parts laid on white; and whether it had such parts."""
+def open_image(path: Path) -> tuple[Image.Image, bool]:
+    """The image of a file upright, in mode L or RGB, transparent parts laid on white; and whether it had such parts."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
     grey = image.mode in ('1', 'L', 'LA') or image.mode.startswith('I')
@@ -115,5 +115,5 @@ def _image_or_path(path: Path, size: tuple[int, int], mode: str) -> Image.Image 
         upright = file.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if file.size == size and file.mode == mode and upright and not file.has_transparency_data:
             return str(path)
-    image, _ = _open(path)
+    image, _ = open_image(path)
     return image.convert(mode).resize(size, Image.Resampling.BILINEAR)

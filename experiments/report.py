@@ -16,6 +16,7 @@ import jinja2
 
 from experiments import curves
 from experiments.files import write_text
+from experiments.intervals import Interval
 
 # Name and meaning, in the order in which a page shows them.
 MEASURES = {
@@ -32,6 +33,33 @@ MEASURES = {
         'intra/inter ratio',
         'Variance of the test features within the classes over the variance between them. It has no scale, '
         'so it can be compared between arms and epochs. Smaller is tighter: this is the number to look at.',
+    ),
+    'auc': (
+        'area under the ROC curve',
+        'Chance that a pair of the same held-out class is more alike than a pair of two of them: 0.5 is guessing.',
+    ),
+    'eer': (
+        'equal error rate',
+        'Share of the pairs that are decided wrongly at the threshold where as many are falsely accepted as rejected.',
+    ),
+    'tar_at_far_0.1': (
+        'TAR at FAR 0.1',
+        'Share of like pairs that are accepted where one unlike pair in ten is. The next two are stricter.',
+    ),
+    'tar_at_far_0.01': ('TAR at FAR 0.01', 'The same, where one unlike pair in a hundred is accepted.'),
+    'tar_at_far_0.001': ('TAR at FAR 0.001', 'The same, where one unlike pair in a thousand is accepted.'),
+    'recall_at_1': (
+        'recall at 1',
+        'Share of the held-out examples whose most similar other one is of their class.',
+    ),
+    'verification_accuracy': (
+        'verification accuracy',
+        'Share of the pairs that the best threshold decides rightly, with as many like as unlike ones.',
+    ),
+    'unknown_auroc': (
+        'AUROC of unknown classes',
+        'Chance that an example of a held-out class is farther from its nearest center than a test example of a known '
+        'class is: how well the distance tells that an image is of no known class.',
     ),
     'collapsed': (
         'collapsed',
@@ -134,6 +162,12 @@ def _shown(value: Any, measure: str = '') -> str:
     """A value as people read it."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return '\N{EN DASH}'
+    if isinstance(value, Interval):
+        if math.isnan(value.half_width):
+            return _shown(value.mean, measure)
+        if measure.endswith('accuracy'):
+            return f'{100 * value.mean:.2f} ± {100 * value.half_width:.2f} %'
+        return f'{value.mean:.4g} ± {value.half_width:.2g}'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if measure.endswith('accuracy'):

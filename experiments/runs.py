@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import json
 import math
 import platform
@@ -16,11 +15,14 @@ import jax
 
 from experiments import processes
 from experiments.devices import Devices
-from experiments.files import write_text
+from experiments.files import write_table, write_text
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
-PAGES = ('features.png', 'features.gif', 'report.html')
-CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE = FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile')
+KNOWN = 'known.json'
+TABLES = ('verification.csv', 'sweep.csv')
+PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'report.html')
+FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile', 'cells')
+CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, CELLS = FOLDERS
 
 
 class RunError(Exception):
@@ -79,7 +81,7 @@ class Run:
 
     def _clear(self, config: Mapping[str, Any]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in (*reversed(PAGES), SUMMARY):
+        for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
         if not self.resumed:
             for name in (CONFIG, METRICS):
@@ -114,13 +116,8 @@ class Run:
         self.rows.append(dict(row))
         arms = list(dict.fromkeys(row['arm'] for row in self.rows))
         self.rows.sort(key=lambda row: arms.index(row['arm']))
-        if not processes.first():
-            return
-        table = io.StringIO(newline='')
-        writer = csv.DictWriter(table, list(self.rows[0]))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.out / METRICS, table.getvalue())
+        if processes.first():
+            write_table(self.out / METRICS, self.rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.csv, numbers as numbers."""
@@ -128,7 +125,7 @@ class Run:
             return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
     def config(self) -> dict[str, Any]:
-        return json.loads((self.out / CONFIG).read_text(encoding='utf-8'))
+        return read_json(self.out / CONFIG)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.first():
@@ -143,6 +140,10 @@ def _number(text: str) -> float | str:
         except ValueError:
             pass
     return text
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding='utf-8'))
 
 
 def write_json(path: Path, value: Any) -> None:

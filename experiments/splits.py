@@ -6,7 +6,8 @@ some of its files are grey, CMYK or have a palette.
 
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,11 @@ class Split:
         """Images `[n, H, W, K]` and labels `[n]` of these examples."""
         return self.images[indices], self.labels[indices]
 
+    def part(self, indices: np.ndarray, classes: np.ndarray) -> 'Split':
+        """These examples, with `classes[label]` for a label."""
+        images, labels = self.take(indices)
+        return Split(images, classes[labels].astype(np.int32))
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         return self.images.shape[1:]
@@ -46,6 +52,7 @@ class LazySplit:
     rows: Sequence[int]  # those of its examples that belong to the split
     keys: tuple[str, str]  # what an example calls its image and its label
     image_shape: tuple[int, int, int]
+    number: Callable[[Any], int] = int  # of a class, for what an example has as label
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,8 +65,18 @@ class LazySplit:
         image_key, label_key = self.keys
         for place, example in enumerate(examples):
             images[place] = _decode(example[image_key], self.image_shape)
-            labels[place] = example[label_key]
+            labels[place] = self.number(example[label_key])
         return images, labels
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels of all examples, which are read for it, but not decoded."""
+        return np.array([self.number(self.source[int(row)][self.keys[1]]) for row in self.rows], np.int32)
+
+    def part(self, indices: np.ndarray, classes: np.ndarray) -> 'LazySplit':
+        """These examples, with `classes[label]` for a label."""
+        rows = [self.rows[index] for index in indices]
+        return dataclasses.replace(self, rows=rows, number=lambda label: int(classes[self.number(label)]))
 
     def in_memory_if_small(self) -> 'Split | LazySplit':
         large = len(self) * int(np.prod(self.image_shape)) > MEMORY_LIMIT

@@ -1,5 +1,6 @@
 """The one training step and the one loop over an epoch that all experiments share."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jax import Array
+from jax.sharding import Mesh
 
 import centerloss_jax as clj
 from experiments.devices import Devices
@@ -28,10 +30,22 @@ def create_state(
 ) -> TrainState:
     """A stock TrainState whose params hold the network's parameters and, beside them, the centers."""
     images, labels = jnp.zeros((1, *image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
-    variables = jax.jit(model.init)(jax.random.key(seed), images, labels)
-    tx = clj.with_centers(optax.adam(learning_rate), alpha=alpha, axis_name=devices.axis_name, mesh=devices.mesh)
+    variables = _init(model, jax.random.key(seed), images, labels)
+    tx = _optimizer(learning_rate, alpha, devices.axis_name, devices.mesh)
     params = {'params': variables['params'], 'centers': variables['centers']}
     return devices.place_state(TrainState.create(apply_fn=model.apply, params=params, tx=tx))
+
+
+@jax.jit(static_argnames='model')
+def _init(model: Classifier, key: Array, images: Array, labels: Array) -> Any:
+    return model.init(key, images, labels)
+
+
+@functools.cache  # with the same optimizer, states of several seeds share one compiled step
+def _optimizer(
+    learning_rate: float, alpha: float, axis_name: str | None, mesh: Mesh | None
+) -> optax.GradientTransformation:
+    return clj.with_centers(optax.adam(learning_rate), alpha=alpha, axis_name=axis_name, mesh=mesh)
 
 
 class Metrics(NamedTuple):

@@ -1,9 +1,11 @@
 import json
 from itertools import islice
 
+import grain
 import numpy as np
 import pytest
 
+from experiments import batches as module
 from experiments.batches import eval_batches, train_batches
 from experiments.splits import Split
 
@@ -59,6 +61,14 @@ def test_a_restored_position_continues_exactly(steps):
         for (images, labels), (expected_images, expected_labels) in zip(take(restored, 5), expected, strict=True):
             np.testing.assert_array_equal(images, expected_images)
             np.testing.assert_array_equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize('threads', [0, 1, 16])
+def test_the_order_does_not_depend_on_the_number_of_threads(monkeypatch, threads):
+    expected = take(train_batches(numbered(10), 3, seed=0), 30)
+    monkeypatch.setattr(module, 'READ_OPTIONS', grain.ReadOptions(num_threads=threads, prefetch_buffer_size=40))
+    for (_, labels), (_, others) in zip(take(train_batches(numbered(10), 3, seed=0), 30), expected, strict=True):
+        np.testing.assert_array_equal(labels, others)
 
 
 def test_processes_share_the_batches_of_one():

@@ -179,7 +179,7 @@ def test_all_ways_to_use_the_devices_give_the_same_metrics(tmp_path, data_dir):
 
 
 def test_collapsed_features_are_said_to_have_collapsed(tmp_path, data_dir, capsys):
-    out = short(tmp_path, data_dir, center_weight=1000.0, epochs=3, parallel='none')
+    out = short(tmp_path, data_dir, center_weight=1000.0, epochs=4, parallel='none')
     summary = strict(out / 'summary.json')
     assert summary['center']['collapsed']
     assert not summary['softmax']['collapsed']

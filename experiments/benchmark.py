@@ -1,0 +1,212 @@
+"""Step time over classes and batch sizes, beside what PyTorch users write, and against the machine's copy bandwidth.
+
+A step is the loss, its gradient for the features, and the centers moved. Writes benchmark.csv and benchmark.png to
+--out. PyTorch takes part if it is installed. On several devices each layout of the table has an arm.
+"""
+
+import csv
+import dataclasses
+import gc
+import io
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from experiments import cli, jax_arms, torch_arms
+from experiments.batches import train_batches
+from experiments.benchmark_figure import draw
+from experiments.data import load
+from experiments.devices import choose
+from experiments.files import write_text
+from experiments.jax_arms import Arm, Cell
+from experiments.models import Classifier
+from experiments.runs import environment, in_a_line
+from experiments.timing import Timing, bandwidth, keep_freed_memory, measure
+from experiments.training import create_state, train_epoch, train_step
+
+# A step reads x, the centers of the batch and the gradient, and writes the gradient and the centers.
+PASSES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    batch_sizes: tuple[int, ...] = (256, 4096, 16384)
+    """numbers of examples"""
+    classes: tuple[int, ...] = (1_000, 100_000, 1_000_000)
+    """numbers of classes"""
+    feature_dim: int = 512
+    """number of feature dimensions"""
+    rounds: int = 6
+    """blocks of eight steps that each figure is the median of"""
+    allocator: Literal['default', 'kept', 'both'] = 'both'
+    """glibc's settings: as they are, or such that freed memory is kept, or one after the other"""
+    out: Path = Path('runs/benchmark')
+    """folder for the table and the picture; what an earlier benchmark wrote there is replaced"""
+
+    def __post_init__(self):
+        for name in ('batch_sizes', 'classes'):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f'--{name.replace("_", "-")} must be numbers of 1 or more, got {getattr(self, name)}')
+        for name in ('feature_dim', 'rounds'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(self, name)}')
+
+
+def main(config: Config) -> None:
+    console = Console()
+    tell = partial(console.print, highlight=False, soft_wrap=True)
+    tell(in_a_line(environment(choose('auto'))))
+    torch = torch_arms.installed()
+    tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so its arms are missing')
+    arms: dict[str, Callable[[Cell], Arm | None]] = dict(jax_arms.arms())
+    if torch:
+        arms |= {name: partial(arm, torch) for name, arm in torch_arms.ARMS.items()}
+    rows: list[dict[str, Any]] = []
+    for allocator in ('default', 'kept') if config.allocator == 'both' else (config.allocator,):
+        if allocator != 'default' and not keep_freed_memory():
+            tell('the C library is not glibc, so its defaults are all that was measured')
+            break
+        speed = bandwidth()
+        tell(f'allocator: {allocator}; a large array is copied at {speed / 1e9:.1f} GB/s, read and write together')
+        measured = measure_all(config, arms, allocator, speed, console)
+        console.print(table(measured))
+        rows += measured
+    rows += toy(config, torch, console)
+    write_csv(config.out / 'benchmark.csv', rows)
+    draw(config.out / 'benchmark.png', rows)
+    tell(f'{config.out / "benchmark.csv"} has all figures, and benchmark.png beside it the picture')
+
+
+def measure_all(
+    config: Config, arms: dict[str, Callable[[Cell], Arm | None]], allocator: str, speed: float, console: Console
+) -> list[dict[str, Any]]:
+    """A row for each arm that can be measured in each cell."""
+    cells = [Cell(b, c, config.feature_dim) for b in config.batch_sizes for c in config.classes]
+    rows = []
+    columns = TextColumn('{task.description}'), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task('', total=len(cells) * len(arms))
+        for cell in cells:
+            for name, make in arms.items():
+                progress.update(task, description=f'B={cell.batch_size} C={cell.num_classes} {name}')
+                row = measure_one(name, make, cell, config.rounds, speed)
+                if row:
+                    rows.append({'allocator': allocator, **row})
+                progress.advance(task)
+    return rows
+
+
+def measure_one(
+    name: str, make: Callable[[Cell], Arm | None], cell: Cell, rounds: int, speed: float
+) -> dict[str, Any] | None:
+    """One arm in one cell, its arrays given back after it; None where it does not fit."""
+    arm = make(cell)
+    if arm is None:
+        return None
+    timing = measure(arm.steps, rounds)
+    arm.steps.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
+    temporary, accessed = arm.temporary_bytes, arm.accessed_bytes
+    del arm
+    gc.collect()
+    floor = PASSES * cell.batch_size * cell.feature_dim * 4 / speed
+    return {
+        'arm': name,
+        **cell._asdict(),
+        **timing.row(),
+        'times_copy': timing.median / floor,
+        'temporary_bytes': temporary,
+        'accessed_bytes': accessed,
+    }
+
+
+def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
+    """The whole training step of the toy, network and optimizers included, in both libraries; and the loop around ours.
+
+    The loop reads batches, keeps metrics and shows progress, as `experiments.toy2d` does between two evaluations.
+    """
+    data, devices = load('digits'), choose('none')
+    batches, batch_size = train_batches(data.train, 32, seed=0), 32
+    images, labels = next(batches)
+    state = create_state(Classifier('small', 2, data.num_classes), data.image_shape, 0, 3e-3, 0.5, devices)
+    step, weight = devices.compile(train_step), devices.place_state(np.float32(0.1))
+    batch = devices.place_batch(images, labels)
+
+    def steps():
+        nonlocal state
+        while True:
+            state, metrics = step(state, *batch, weight)
+            yield jax.block_until_ready((state, metrics))
+
+    arms = {'centerloss_jax': Arm(steps())}
+    if torch:
+        arms['torch'] = torch_arms.toy(torch, images, labels, data.num_classes, 3e-3)
+    timings = {name: measure(arm.steps, config.rounds) for name, arm in arms.items()}
+    seconds = []
+    for _ in range(config.rounds):
+        number = -(-len(data.train) // batch_size)
+        state, metrics = train_epoch(state, step, batches, number, weight, devices, lambda *_: None)
+        seconds.append(1 / metrics['steps_per_second'])
+    timings['the loop around it'] = Timing.of(seconds)
+    shown = Table('training step of the toy, B=32', Column('ms', justify='right'), Column('x ours', justify='right'))
+    for name, timing in timings.items():
+        shown.add_row(name, f'{timing.median * 1e3:.2f}', f'{timing.median / timings["centerloss_jax"].median:.2f}')
+    console.print(shown)
+    cell = Cell(batch_size, data.num_classes, 2)
+    return [{'allocator': 'toy', 'arm': name, **cell._asdict(), **timing.row()} for name, timing in timings.items()]
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Milliseconds a step with half the distance of their quartiles, as multiples of ours and of the copy floor."""
+    names = 'ms', '±', 'x ours', 'x floor', 'MB'
+    shown = Table('B', 'C', Column('arm', no_wrap=True), *(Column(name, justify='right') for name in names))
+    ours = {cell_of(row): row['step_seconds'] for row in rows if row['arm'] == 'centerloss_jax'}
+    for row in rows:
+        spread = f'{(row["high_seconds"] - row["low_seconds"]) / 2 / row["step_seconds"]:.0%}'
+        temporary = '' if row['temporary_bytes'] is None else f'{row["temporary_bytes"] / 1e6:.1f}'
+        ratio = row['step_seconds'] / ours[cell_of(row)]
+        numbers = f'{row["step_seconds"] * 1e3:.2f}', spread, f'{ratio:.2f}', f'{row["times_copy"]:.1f}', temporary
+        shown.add_row(str(row['batch_size']), f'{row["num_classes"]:.0e}', row['arm'], *numbers)
+    best = peers(rows)
+    if best:
+        mean = math.exp(np.mean(np.log(best)))
+        shown.caption = (
+            f'The best peer takes {mean:.2f} times ours where B >= 4,096 (geometric mean of {len(best)} cells)'
+        )
+    return shown
+
+
+def cell_of(row: dict[str, Any]) -> tuple[int, int]:
+    return row['batch_size'], row['num_classes']
+
+
+def peers(rows: list[dict[str, Any]]) -> list[float]:
+    """The time of the best PyTorch arm as a multiple of ours, a number for each cell with B >= 4,096."""
+    ours = {cell_of(row): row['step_seconds'] for row in rows if row['arm'] == 'centerloss_jax'}
+    theirs: dict[tuple[int, int], float] = {}
+    for row in rows:
+        if row['arm'].startswith('torch') and row['batch_size'] >= 4096:
+            theirs[cell_of(row)] = min(row['step_seconds'], theirs.get(cell_of(row), math.inf))
+    return [seconds / ours[cell] for cell, seconds in theirs.items()]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+if __name__ == '__main__':
+    cli.main(Config, main, prog='experiments.benchmark')

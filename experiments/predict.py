@@ -1,0 +1,124 @@
+"""Labels images by a trained run: the class of the nearest center, its distance, and `unknown` where that is too far.
+
+Too far is what lies beyond 95 % of the test examples of known classes, as the run stored it. Writes predictions.csv and
+a contact sheet, predictions.png.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from experiments import cli
+from experiments.checkpoints import saved_params
+from experiments.contact_sheet import draw_contact_sheet
+from experiments.copies import DataError
+from experiments.data import load
+from experiments.devices import choose
+from experiments.evaluation import embed, nearest
+from experiments.files import write_table
+from experiments.image_files import SUFFIXES
+from experiments.image_folder import open_image
+from experiments.known import read_known
+from experiments.models import Classifier
+from experiments.runs import CHECKPOINTS, CONFIG, RunError, read_json
+from experiments.splits import MODES, Split
+from experiments.training import create_state
+
+UNKNOWN = 'unknown'
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is labelled by what."""
+
+    images: str
+    """a folder of PNG or JPEG files, at any depth; or a split of a dataset, such as digits:test"""
+    run: Path = Path('runs/toy2d')
+    """the --out of a finished run of experiments.toy2d or experiments.verification"""
+    arm: str = ''
+    """which of its networks, such as softmax or center-3; by default the first one with center loss"""
+    data_dir: Path | None = None
+    """where prepared sets are and go; by default a folder in the user's cache"""
+    out: Path | None = None
+    """folder for what is written; by default predictions in the folder of the run"""
+
+
+def main(config: Config) -> None:
+    console = Console()
+    class_names, reach = read_known(config.run)
+    arm = config.arm or next((arm for arm in reach if arm.startswith('center')), '')
+    if arm not in reach:
+        raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(reach)}')
+    settings = read_json(config.run / CONFIG)
+    names, split = _images(config, settings['image_shape'])
+    devices = choose('none')
+    state = restored(settings, config.run / CHECKPOINTS / arm)
+    features, _, _ = embed(state, split, devices)
+    classes, distances = nearest(state, features)
+    unknown = ~(distances <= reach[arm])
+    found = [UNKNOWN if far else class_names[own] for own, far in zip(classes, unknown, strict=True)]
+    rows = [
+        {'image': name, 'label': label, 'nearest': class_names[own], 'distance': float(distance)}
+        for name, label, own, distance in zip(names, found, classes, distances, strict=True)
+    ]
+    out = config.out or config.run / 'predictions'
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(out / 'predictions.csv', rows)
+    captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
+    title = f'{config.images}: nearest center and distance, unknown beyond {reach[arm]:.3g}'
+    draw_contact_sheet(out / 'predictions.png', split.images, captions, unknown, title=title)
+    text = f'{len(rows)} images, {unknown.sum()} of them unknown; {out / "predictions.png"} shows them'
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def restored(settings: dict[str, Any], folder: Path) -> Any:
+    """The state of a run's arm as far as it is needed to label images: no optimizer is read."""
+    saved = saved_params(folder)
+    model = Classifier(settings['model'], settings['feature_dim'], settings['num_classes'])
+    state = create_state(model, tuple(settings['image_shape']), 0, 1.0, 0.0, choose('none'))
+    return state.replace(params=saved)
+
+
+def _images(config: Config, image_shape: list[int]) -> tuple[list[str], Split]:
+    """Names and pixels of all images, in the shape that the network was trained on; their labels are not asked for."""
+    height, width, channels = image_shape
+    folder = Path(config.images).expanduser()
+    if folder.is_dir():
+        paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not paths:
+            raise DataError(f'{folder} holds no *.png, *.jpg or *.jpeg')
+        images = np.stack([_pixels(path, (width, height), channels) for path in paths])
+        return [str(path.relative_to(folder)) for path in paths], _unlabelled(images)
+    dataset, colon, part = config.images.rpartition(':')
+    if not colon or part not in ('train', 'test'):
+        raise DataError(f'--images must be a folder, or a dataset with :train or :test behind it, got {config.images}')
+    data = load(dataset, config.data_dir, width if width == height else 0)
+    if list(data.image_shape) != image_shape:
+        raise RunError(
+            f'images of {dataset} are {list(data.image_shape)}, but {config.run} was trained on {image_shape}'
+        )
+    split = getattr(data, part)
+    return [f'{config.images}:{place}' for place in range(len(split))], _unlabelled(split.take(range(len(split)))[0])
+
+
+def _unlabelled(images: np.ndarray) -> Split:
+    return Split(images, np.full(len(images), -1, np.int32))
+
+
+def _pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    try:
+        image, _ = open_image(path)
+    except Exception as error:  # Pillow raises some ten types for files that it cannot read
+        raise DataError(f'{path} cannot be read; repair or remove it: {error}') from error
+    image = image.convert(MODES[channels])
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(*size[::-1], channels)
+
+
+if __name__ == '__main__':
+    cli.main(Config, main, prog='experiments.predict')

@@ -1,0 +1,210 @@
+"""The weight of the center loss by the step of the centers by seeds, in the manner of the paper's Fig. 3 and Fig. 5.
+
+Trains a network for each cell on some classes of a dataset, and asks what it is worth on these and on the held-out
+ones. Cells run side by side, a process to a CPU core. Writes config.json, sweep.csv, summary.json, accuracy.png
+(Fig. 5), weights.png (Fig. 3, in two dimensions) and report.html to --out. A sweep that was stopped goes on with
+--resume, and does no cell twice.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import simple_parsing
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments import cli
+from experiments.cells import Cell, Task, work
+from experiments.data import Dataset, load
+from experiments.devices import choose
+from experiments.figures import draw_features
+from experiments.files import write_table
+from experiments.history import load_snapshot
+from experiments.intervals import intervals
+from experiments.open_set import divide
+from experiments.plots import draw_sweep
+from experiments.report import write_report
+from experiments.runs import CELLS, Run, environment, in_a_line
+from experiments.settings import Common, check_alpha, check_weight
+from experiments.stopping import Stop
+
+TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
+
+# Of both settings, one is shown while the other varies.
+ALPHA = 0.5
+
+DRAWN = {
+    'verification_accuracy': 'verification accuracy',
+    'unknown_auroc': 'AUROC of unknown classes',
+    'intra_inter_ratio': 'intra/inter ratio, known classes',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Common):
+    """Settings of a sweep. They are saved with it."""
+
+    PROGRAM: ClassVar[str] = 'experiments.sweep'
+    FREE: ClassVar[tuple[str, ...]] = (
+        'out',
+        'data_dir',
+        'overwrite',
+        'resume',
+        'weights',
+        'alphas',
+        'seeds',
+        'workers',
+    )
+
+    out: Path = Path('runs/sweep')
+    """folder that the sweep is written to"""
+    feature_dim: int = 64
+    """number of feature dimensions; weights.png has 2 in any case"""
+    seed: int = 0
+    """the first seed, of the initialization and of the order of the examples"""
+    seeds: int = 5
+    """number of seeds for each cell"""
+    weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    """weights lambda of the center loss; softmax alone is trained too"""
+    alphas: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0)
+    """steps alpha of the centers"""
+    held_out: str = ''
+    """classes to verify, as experiments.verification takes them"""
+    similarity: Literal['cosine', 'euclidean'] = 'cosine'
+    """of a pair: the cosine, as in the paper, or the Euclidean distance"""
+    workers: int = 0
+    """processes, each on a CPU core; 0 is one for each core"""
+    resume: bool = simple_parsing.field(default=False, action='store_true')
+    """go on with the sweep that --out holds, or start it; --weights, --alphas and --seeds may be others"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('weights', 'alphas'):
+            object.__setattr__(self, name, tuple(map(float, dict.fromkeys(getattr(self, name)))))
+        for weight in self.weights:
+            check_weight(weight, '--weights')
+        for alpha in self.alphas:
+            check_alpha(alpha, '--alphas')
+        if not self.weights or not self.alphas:
+            raise ValueError('--weights and --alphas must name one value or more')
+        if self.seeds < 1:
+            raise ValueError(f'--seeds must be at least 1, got {self.seeds}')
+        if self.workers < 0:
+            raise ValueError(f'--workers must be 0 or more, got {self.workers}')
+
+    @property
+    def shown_alpha(self) -> float:
+        return min(self.alphas, key=lambda alpha: abs(alpha - ALPHA))
+
+
+def main(config: Config) -> None:
+    console = Console()
+    jax.config.update('jax_platforms', 'cpu')
+    surroundings = environment(choose('none'))
+    console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
+    run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
+    wanted = {name: getattr(config, name) for name in ('weights', 'alphas', 'seeds')}
+    if run.finished({**config.decisive(), **wanted}):
+        console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
+        return
+    parts = divide(load(config.dataset, config.data_dir, config.image_size), config.held_out)
+    for note in parts.known.notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    facts = {'num_classes': parts.known.num_classes, 'train_examples': len(parts.known.train)}
+    if run.resumed:
+        run.check({**config.decisive(), **facts})
+    run.start({**dataclasses.asdict(config), **facts, **surroundings})
+    folder = run.out / CELLS
+    folder.mkdir(exist_ok=True)
+
+    cells = cells_of(config)
+    train(config, cells, folder, console)
+    rows = [cell.read(folder) for cell in cells]
+    write_table(run.out / TABLE, rows)
+    summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
+    run.write_summary(summary)
+    draw(config, parts.known, summary, run)
+    console.print(f'{run.out / "report.html"} has the pictures and all numbers', highlight=False, soft_wrap=True)
+
+
+def cells_of(config: Config) -> list[Cell]:
+    """All cells: the grid, softmax alone, and those of the picture in two dimensions, the latter first."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    # The centers of softmax alone follow the features and change nothing: one alpha will do.
+    pairs = [(0.0, config.shown_alpha), *((weight, alpha) for alpha in config.alphas for weight in config.weights)]
+    grid = [Cell(weight, alpha, seed, config.feature_dim) for weight, alpha in pairs for seed in seeds]
+    return list(dict.fromkeys([*pictured(config), *grid]))
+
+
+def pictured(config: Config) -> list[Cell]:
+    return [Cell(weight, config.shown_alpha, config.seed, 2) for weight in sorted({0.0, *config.weights})]
+
+
+def train(config: Config, cells: Sequence[Cell], folder: Path, console: Console) -> None:
+    """Trains the cells that are not done yet."""
+    left = [cell for cell in cells if not cell.path(folder).exists()]
+    if len(left) < len(cells):
+        console.print(f'{len(cells) - len(left)} of {len(cells)} cells are done already', highlight=False)
+    task = Task(config, config.held_out, config.similarity, folder)
+    available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    workers = min(config.workers or available, len(left))
+    go_on = dataclasses.replace(config, resume=True, overwrite=False).command()
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
+    progress = Progress(*columns, TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), console=console)
+    with progress as bar, Stop(go_on) as stop:
+        shown = bar.add_task('', total=len(cells), completed=len(cells) - len(left), last=f'{workers} processes')
+        for cell in work(task, left, workers, stop) if left else ():
+            last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
+            bar.update(shown, advance=1, last=last)
+
+
+def summarize(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The interval of each measure for each pair of settings."""
+    keys = [key for key, value in rows[0].items() if isinstance(value, float) and key not in Cell._fields]
+    groups: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row['center_weight'], row['alpha']), []).append(row)
+    return {
+        name(*pair): {**intervals(own, keys), 'collapsed': any(row['collapsed'] for row in own)}
+        for pair, own in groups.items()
+    }
+
+
+def name(weight: float, alpha: float) -> str:
+    return f'weight {weight:g}, alpha {alpha:g}' if weight else 'softmax'
+
+
+def draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) -> None:
+    """Draws the pictures and writes the page."""
+    pairs = [(weight, alpha) for weight in config.weights if weight for alpha in config.alphas]
+    measures = {shown: {pair: summary[name(*pair)][measure] for pair in pairs} for measure, shown in DRAWN.items()}
+    softmax = {shown: summary['softmax'][measure] for measure, shown in DRAWN.items()}
+    title = f'{known.name}, {known.num_classes} classes trained on'
+    draw_sweep(run.out / ACCURACY, measures, softmax, config.seeds, title=f'{title}, the others verified')
+    arms = {}
+    for cell in pictured(config):
+        arms[f'weight {cell.center_weight:g}'] = load_snapshot(cell.path(run.out / CELLS).with_suffix('.npz'))
+    draw_features(run.out / WEIGHTS, arms, known.class_names, title=f'{title}, alpha {config.shown_alpha:g}')
+    columns = {'softmax': summary['softmax']}
+    columns |= {f'weight {weight:g}': summary[name(weight, config.shown_alpha)] for weight in config.weights if weight}
+    write_report(
+        run.out / 'report.html',
+        title=f'Weight of the center loss and step of the centers: {title}',
+        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}; summary.json has those of all alphas.',
+        summary=columns,
+        metrics=(),
+        pictures={
+            'What the weight and alpha do; the grey band is softmax alone': run.out / ACCURACY,
+            'Features of two dimensions as the weight grows': run.out / WEIGHTS,
+        },
+        config=run.config(),
+        command=config.command(),
+    )
+
+
+if __name__ == '__main__':
+    cli.main(Config, main, prog=Config.PROGRAM)

@@ -1,0 +1,75 @@
+"""How long a step takes, against what the machine can copy in that time.
+
+A step is timed in blocks of eight on arrays that were touched before: the first steps pay for compilation and for fresh
+pages, and arms that alternate step by step push each other's tables out of the caches.
+"""
+
+import ctypes
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 8  # steps
+COPIED = 2**28  # bytes of the array that shows the bandwidth: beyond every cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a step: the median of blocks, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> 'Timing':
+        low, median, high = np.percentile(seconds, [25, 50, 75])
+        return cls(float(median), float(low), float(high))
+
+    def row(self) -> dict[str, float]:
+        return {'step_seconds': self.median, 'low_seconds': self.low, 'high_seconds': self.high}
+
+
+def measure(steps: Iterator[Any], rounds: int) -> Timing:
+    """Times `next(steps)`, which must wait for its own result, in so many blocks of eight."""
+    for _ in range(BLOCK):
+        next(steps)
+    seconds = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        for _ in range(BLOCK):
+            next(steps)
+        seconds.append((time.perf_counter() - begun) / BLOCK)
+    return Timing.of(seconds)
+
+
+def bandwidth() -> float:
+    """Bytes a second that one device reads and writes, together, when it goes over a large array in place."""
+    touch: Callable = jax.jit(lambda a: a * 1.000001, donate_argnums=0)
+    array = touch(jnp.ones(COPIED // 4, jnp.float32, device=jax.devices()[0]))
+
+    def passes():
+        nonlocal array
+        while True:
+            array = jax.block_until_ready(touch(array))
+            yield
+
+    return 2 * COPIED / measure(passes(), rounds=3).median
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep what is freed, for all that comes after; False where the C library is another.
+
+    By default it maps arrays beyond 32 MB anew each time, so that a step pays for a page fault every 4 KB.
+    """
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except OSError:
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    return bool(mallopt(m_trim_threshold, 2**31 - 1) and mallopt(m_top_pad, 2**28) and mallopt(m_mmap_max, 0))

@@ -1,0 +1,141 @@
+"""The same step as PyTorch users write it, in four forms that they know, and the training step of the toy.
+
+PyTorch is no dependency: where it is not installed the benchmark names it as missing.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.jax_arms import ALPHA, Arm, Cell
+
+DENSE_LIMIT = 2 * 2**30  # bytes of a B x C matrix, of which the dense form needs several
+
+
+def installed() -> Any | None:
+    """The torch module, or None."""
+    try:
+        return importlib.import_module('torch')
+    except ImportError:
+        return None
+
+
+def _counts(torch: Any, labels: Any) -> Any:
+    """n_j for each example, in O(B log B)."""
+    _, place, count = torch.unique(labels, return_inverse=True, return_counts=True)
+    return count[place]
+
+
+def _device(torch: Any) -> str:
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def _forever(torch: Any, one: Callable) -> Iterator[Any]:
+    while True:
+        one()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        yield
+
+
+def _problem(torch: Any, cell: Cell) -> tuple[Any, Any, Any]:
+    x, labels = (torch.from_numpy(array).to(_device(torch)) for array in cell.batch())
+    return torch.ones((cell.num_classes, cell.feature_dim), device=_device(torch)), x, labels.long()
+
+
+def dense(torch: Any, cell: Cell) -> Arm | None:
+    """The well-known module: all B x C distances by the expanded square, masked by the labels; SGD for the centers."""
+    if cell.batch_size * cell.num_classes * 4 > DENSE_LIMIT:
+        return None
+    table, x, labels = _problem(torch, cell)
+    classes = torch.arange(cell.num_classes, device=table.device)
+
+    def loss(x, centers):
+        products = x.pow(2).sum(1, keepdim=True) + centers.pow(2).sum(1) - 2 * x @ centers.T
+        return (products * (labels[:, None] == classes)).clamp(1e-12, 1e12).sum() / len(x)
+
+    return _trained(torch, table, x, loss)
+
+
+def autograd(torch: Any, cell: Cell) -> Arm:
+    """`centers[labels]` under autograd, and SGD for the centers: a dense gradient."""
+    table, x, labels = _problem(torch, cell)
+    return _trained(torch, table, x, lambda x, centers: (x - centers[labels]).pow(2).sum(1).mean())
+
+
+def sparse(torch: Any, cell: Cell) -> Arm:
+    """`F.embedding(sparse=True)` and SGD: a sparse gradient."""
+    table, x, labels = _problem(torch, cell)
+    embed = torch.nn.functional.embedding
+    return _trained(torch, table, x, lambda x, centers: (x - embed(labels, centers, sparse=True)).pow(2).sum(1).mean())
+
+
+def _trained(torch: Any, table: Any, x: Any, loss: Callable) -> Arm:
+    centers, x = torch.nn.Parameter(table), x.requires_grad_()
+    optimizer = torch.optim.SGD([centers], lr=ALPHA)
+
+    def one():
+        x.grad = None
+        optimizer.zero_grad(set_to_none=True)
+        loss(x, centers).backward()
+        optimizer.step()
+
+    return Arm(_forever(torch, one))
+
+
+def _by_hand(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
+    difference = x - table[labels]
+    table.index_add_(0, labels, (ALPHA / (1 + counts.float()))[:, None] * difference)
+    return difference.pow(2).sum(1).mean(), 2 / len(x) * difference
+
+
+def eager(torch: Any, cell: Cell) -> Arm:
+    """Eq. 4 by hand with `index_add_`."""
+    table, x, labels = _problem(torch, cell)
+    return Arm(_forever(torch, lambda: _by_hand(table, x, labels, _counts(torch, labels))))
+
+
+def compiled(torch: Any, cell: Cell) -> Arm:
+    """The same under `torch.compile`, the counts outside: their size is not known when it compiles."""
+    table, x, labels = _problem(torch, cell)
+    by_hand = torch.compile(_by_hand)
+    return Arm(_forever(torch, lambda: by_hand(table, x, labels, _counts(torch, labels))))
+
+
+ARMS = {
+    'torch, B x C matrix': dense,
+    'torch, autograd': autograd,
+    'torch, sparse SGD': sparse,
+    'torch, index_add_': eager,
+    'torch, compiled': compiled,
+}
+
+
+def toy(torch: Any, images: np.ndarray, labels: np.ndarray, num_classes: int, learning_rate: float) -> Arm:
+    """A training step of the toy's small network on one batch: Adam for it, SGD for the centers, as people write it."""
+    layers, channels = [], images.shape[-1]
+    for width in (32, 64):
+        for _ in range(2):
+            layers += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.PReLU()]
+            channels = width
+        layers.append(torch.nn.MaxPool2d(2))
+    pixels = channels * (images.shape[1] // 4) * (images.shape[2] // 4)
+    trunk = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(pixels, 2))
+    classifier = torch.nn.Linear(2, num_classes, bias=False)
+    centers = torch.nn.Parameter(torch.zeros(num_classes, 2))
+    adam = torch.optim.Adam([*trunk.parameters(), *classifier.parameters()], lr=learning_rate)
+    sgd = torch.optim.SGD([centers], lr=ALPHA)
+    x, y = torch.from_numpy(images), torch.from_numpy(labels).long()
+
+    def one():
+        adam.zero_grad(set_to_none=True)
+        sgd.zero_grad(set_to_none=True)
+        features = trunk(x.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        softmax = torch.nn.functional.cross_entropy(classifier(features), y)
+        (softmax + 0.1 * (features - centers[y]).pow(2).sum(1).mean()).backward()
+        adam.step()
+        sgd.step()
+
+    return Arm(_forever(torch, one))

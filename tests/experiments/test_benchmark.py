@@ -1,0 +1,66 @@
+"""The benchmark measures what it says: every arm makes the step of the oracle, and every figure lands in the table."""
+
+import csv
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import benchmark, jax_arms, torch_arms
+from experiments.jax_arms import Cell
+
+CELL = Cell(batch_size=64, num_classes=24, feature_dim=6)
+
+
+@pytest.mark.parametrize('arm', jax_arms.arms().values(), ids=jax_arms.arms().keys())
+def test_every_layout_is_measured_with_its_memory(arm):
+    measured = arm(CELL)
+    next(measured.steps)
+    assert measured.temporary_bytes > 0
+    assert measured.accessed_bytes > 64 * 6 * 4
+
+
+def test_all_layouts_take_the_same_step():
+    x, labels = CELL.batch()
+    table = jax.numpy.ones((24, 6))
+    state = jax_arms.clj.center_update().init(table)
+    moved, state, loss, gradient = jax.jit(jax_arms.step)(table, state, x, labels)
+    np.testing.assert_allclose(loss, np.mean(np.sum((x - 1) ** 2, axis=1)), rtol=1e-6)
+    np.testing.assert_allclose(gradient, 2 / 64 * (x - 1), rtol=1e-5, atol=1e-7)
+    counts = np.bincount(labels, minlength=24)[:, None]
+    sums = np.stack([np.sum((x - 1)[labels == c], axis=0) for c in range(24)])
+    np.testing.assert_allclose(moved, 1 + 0.5 * sums / (1 + counts), rtol=1e-5)
+
+
+@pytest.mark.skipif(torch_arms.installed() is None, reason='PyTorch is not installed')
+@pytest.mark.parametrize('arm', torch_arms.ARMS.values(), ids=torch_arms.ARMS.keys())
+def test_every_torch_arm_runs(arm):
+    next(arm(torch_arms.installed(), CELL).steps)
+
+
+def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys):
+    out = tmp_path / 'a b'
+    sizes = {'batch_sizes': (16, 64), 'classes': (8, 24), 'feature_dim': 4, 'rounds': 1}
+    benchmark.main(benchmark.Config(**sizes, allocator='default', out=out))
+    with (out / 'benchmark.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    measured = {(row['allocator'], row['arm'], row['batch_size'], row['num_classes']) for row in rows}
+    for arm in jax_arms.arms():
+        assert {('default', arm, b, c) for b in ('16', '64') for c in ('8', '24')} <= measured
+    assert all(
+        0 < float(row['low_seconds']) <= float(row['step_seconds']) <= float(row['high_seconds']) for row in rows
+    )
+    with Image.open(out / 'benchmark.png') as picture:
+        assert picture.width > 600
+    shown = capsys.readouterr().out
+    assert 'GB/s' in shown
+    assert 'PyTorch' in shown
+
+
+@pytest.mark.parametrize(
+    'settings', [{'classes': ()}, {'batch_sizes': (0,)}, {'rounds': 0}, {'feature_dim': -1}], ids=str
+)
+def test_wrong_sizes_are_named(settings):
+    with pytest.raises(ValueError, match='--' + next(iter(settings)).replace('_', '-')):
+        benchmark.Config(**settings)

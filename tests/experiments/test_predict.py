@@ -1,0 +1,126 @@
+"""Images labelled by a trained run: what is written, what is unknown, and what it says to what it cannot read."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cli, predict, toy2d
+from experiments.contact_sheet import draw_contact_sheet
+from experiments.data import load
+from experiments.known import reach_of
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp('trained') / 'a run'
+    toy2d.main(dataclasses.replace(toy2d.Config(), out=out, epochs=6, batch_size=50, parallel='none'))
+    return out
+
+
+def run(*flags: object) -> int:
+    """Runs the command as a user does, and returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(predict.Config, predict.main, 'experiments.predict', [str(flag) for flag in flags])
+    code = end.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def predictions(out: Path) -> list[dict[str, str]]:
+    with (out / 'predictions.csv').open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize('arm', ['softmax', 'center'])
+def test_a_test_split_is_labelled_as_in_training_and_a_twentieth_of_it_is_too_far(trained, tmp_path, arm):
+    assert run('--images', 'digits:test', '--run', trained, '--arm', arm, '--out', tmp_path) == 0
+    rows = predictions(tmp_path)
+    _, labels = load('digits').test.take(range(len(rows)))
+    right = np.mean([row['nearest'] == str(label) for row, label in zip(rows, labels, strict=True)])
+    summary = json.loads((trained / 'summary.json').read_text())
+    np.testing.assert_allclose(right, summary[arm]['nearest_center_accuracy'], rtol=1e-6)
+    reach = json.loads((trained / 'known.json').read_text())['reach'][arm]
+    far = [row['label'] == 'unknown' for row in rows]
+    assert far == [float(row['distance']) > reach for row in rows]
+    assert 0.03 < np.mean(far) <= 0.05
+    assert all(row['label'] == row['nearest'] for row, own in zip(rows, far, strict=True) if not own)
+    with Image.open(tmp_path / 'predictions.png') as sheet:
+        assert sheet.width > 800
+
+
+def test_a_folder_of_files_gives_what_the_split_that_they_are_from_gives(trained, tmp_path):
+    images, _ = load('digits').test.take(range(20))
+    for number, image in enumerate(images):
+        path = tmp_path / 'images' / f'some {number % 2}' / f'{number:02d}.{"png" if number else "PNG"}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).convert('RGB').save(path)
+    assert run('--images', tmp_path / 'images', '--run', trained) == 0
+    assert run('--images', 'digits:test', '--run', trained, '--out', tmp_path / 'split') == 0
+    split = predictions(tmp_path / 'split')
+    rows = predictions(trained / 'predictions')
+    assert len(rows) == 20
+    for row in rows:
+        same = split[int(Path(row['image']).stem)]
+        assert (row['label'], row['nearest']) == (same['label'], same['nearest'])
+        np.testing.assert_allclose(float(row['distance']), float(same['distance']), rtol=1e-4)
+
+
+def test_an_image_that_is_no_digit_is_unknown(trained, tmp_path):
+    (tmp_path / 'images').mkdir()
+    for name, pixels in (('white', np.full((30, 40, 3), 255)), ('chequered', np.indices((8, 8)).sum(0) % 2 * 255)):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'images' / f'{name}.png')
+    assert run('--images', tmp_path / 'images', '--run', trained, '--out', tmp_path) == 0
+    assert 'unknown' in {row['label'] for row in predictions(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        (('--images', 'digits'), ('--images', ':train', ':test')),
+        (('--images', 'digits:validation'), (':train', ':test')),
+        (('--images', 'digits:test', '--arm', 'triplet'), ('triplet', 'softmax', 'center')),
+        (('--images', 'digits:test', '--run', 'nowhere'), ('nowhere', '--resume')),
+        (('--images', '{empty}'), ('*.png',)),
+        (('--images', '{broken}'), ('broken.png',)),
+        ((), ('--images',)),
+    ],
+)
+def test_what_cannot_be_labelled_is_one_line_that_says_why_and_exit_code_2(trained, tmp_path, capsys, flags, named):
+    folders = {name: tmp_path / name for name in ('empty', 'broken')}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders['broken'] / 'broken.png').write_bytes(b'no image')
+    assert run('--run', trained, '--out', tmp_path / 'out', *(flag.format(**folders) for flag in flags)) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in named)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('count', [1, 7, 100])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_contact_sheet_shows_images_with_their_captions_and_frames_those_that_are_doubtful(tmp_path, count, channels):
+    images = np.random.default_rng(0).integers(0, 256, (count, 4, 6, channels), dtype=np.uint8)
+    captions = [f'image {number}' for number in range(count)]
+    doubtful = np.arange(count) % 2 == 1
+    figure = draw_contact_sheet(tmp_path / 'sheet.png', images, captions, doubtful, title='a $sheet')
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == min(count, 60)
+    for axes in shown:
+        number = int(axes.get_xlabel().split()[1])
+        array = np.asarray(axes.images[0].get_array())
+        np.testing.assert_array_equal(array.reshape(images[number].shape), images[number])
+        assert axes.spines['left'].get_visible() == doubtful[number]
+    assert ('60 of 100 images' in figure.get_suptitle()) == (count == 100)
+
+
+def test_within_reach_are_95_percent_and_no_fewer():
+    distances = np.random.default_rng(0).exponential(size=359)
+    within = np.mean(distances <= reach_of(distances))
+    assert 0.95 <= within < 0.953
+    assert reach_of(np.array([2.0])) == 2.0

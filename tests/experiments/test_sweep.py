@@ -1,0 +1,116 @@
+"""A sweep, run whole by real processes: its cells, its pictures, and how it goes on."""
+
+import csv
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cli, sweep
+from experiments.cells import Cell
+
+FLAGS = ('--epochs', 1, '--batch-size', 500, '--feature-dim', 2, '--seeds', 2, '--weights', 0.1, '--alphas', 0.5)
+
+
+def run(*flags: object) -> int:
+    """Runs the command as a user does, and returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(sweep.Config, sweep.main, 'experiments.sweep', [str(flag) for flag in flags])
+    code = end.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    """The rows of a sweep without times."""
+    with (out / 'sweep.csv').open(newline='', encoding='utf-8') as file:
+        return [{key: v for key, v in row.items() if not key.endswith('_seconds')} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp('whole') / 'a sweep'
+    assert run(*FLAGS, '--out', out) == 0
+    return out
+
+
+def test_a_sweep_has_a_row_for_each_cell_and_softmax_alone_and_pictures(whole):
+    rows = table(whole)
+    found = {(row['center_weight'], row['alpha'], row['seed']) for row in rows}
+    assert found == {(weight, '0.5', seed) for weight in ('0.0', '0.1') for seed in '01'}
+    assert len(rows) == 4
+    summary: dict[str, Any] = json.loads((whole / 'summary.json').read_text())
+    for name, weight in (('softmax', '0.0'), ('weight 0.1, alpha 0.5', '0.1')):
+        values = [float(row['verification_accuracy']) for row in rows if row['center_weight'] == weight]
+        np.testing.assert_allclose(summary[name]['verification_accuracy']['mean'], np.mean(values))
+    for name in ('accuracy.png', 'weights.png'):
+        with Image.open(whole / name) as picture:
+            assert picture.width > 800
+    page = (whole / 'report.html').read_text(encoding='utf-8')
+    assert 'python -m experiments.sweep' in page
+    assert '--weights 0.1 --alphas 0.5' in page
+
+
+def test_a_sweep_goes_on_where_it_was_and_does_no_cell_twice(whole, tmp_path, capsys):
+    out = tmp_path / 'sweep'
+    shutil.copytree(whole, out)
+    (out / 'report.html').unlink()
+    first, *others = sorted((out / 'cells').glob('*.json'))
+    first.unlink()
+    before = {path: path.stat().st_mtime_ns for path in others}
+    assert run(*FLAGS, '--out', out, '--resume', '--workers', 1) == 0
+    assert '3 of 4 cells are done already' in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in others} == before
+    assert table(out) == table(whole)
+    assert run(*FLAGS, '--out', out, '--resume') == 0
+    assert 'finished' in capsys.readouterr().out
+
+
+def test_other_settings_are_another_sweep(whole, tmp_path, capsys):
+    out = tmp_path / 'sweep'
+    shutil.copytree(whole, out)
+    assert run(*FLAGS, '--out', out, '--resume', '--epochs', 2) == 2
+    assert 'epochs is 2' in capsys.readouterr().err
+    assert run(*FLAGS, '--out', out) == 2
+    assert '--overwrite' in capsys.readouterr().err
+
+
+def test_softmax_alone_and_a_picture_of_two_dimensions_are_cells_of_each_sweep():
+    cells = sweep.cells_of(sweep.Config())
+    assert len(cells) == len(set(cells)) == 5 + 5 + 4 * 4 * 5
+    assert {cell.center_weight for cell in cells if cell.feature_dim == 2} == {0, 0.001, 0.01, 0.1, 1}
+    assert len({cell.path(Path()) for cell in cells}) == len(cells)
+    assert Cell(0.0, 0.5, 4, 64) in cells
+
+
+@pytest.mark.parametrize(
+    ('flag', 'value'),
+    [('--weights', '-1'), ('--alphas', '2'), ('--seeds', '0'), ('--workers', '-1'), ('--held-out', 'all')],
+)
+def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsys, flag, value):
+    assert run('--out', tmp_path / 'run', flag, value) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert flag in error
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+    work = sweep.work
+
+    def interrupted(*args):
+        for cell in work(*args):
+            yield cell
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, 'work', interrupted)
+        assert run(*FLAGS, '--out', tmp_path / 'sweep') == 143
+    assert 'To go on: python -m experiments.sweep' in capsys.readouterr().err
+    assert run(*FLAGS, '--out', tmp_path / 'sweep', '--resume') == 0
+    assert table(tmp_path / 'sweep') == table(whole)

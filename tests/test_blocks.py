@@ -1,0 +1,101 @@
+"""Batches of more rows than a block: CPUs take them a block at a time, and the answer is that of one pass."""
+
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import centerloss_jax as clj
+from centerloss_jax._blocks import BLOCK
+
+SIZES = [BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 321]
+CLASSES = [1, 2, 7, 900]
+
+
+@partial(jax.jit, donate_argnums=0)
+def step(centers, state, x, labels, mask):
+    rows = clj.center_rows(x, centers, labels, where=mask)
+    transform: Any = clj.center_update(0.5)
+    updates, state = transform.update(rows, state, centers)
+    return optax.apply_updates(centers, updates), state
+
+
+def problem(size, num_classes, dtype: Any = np.float32):
+    rng = np.random.default_rng(size + num_classes)
+    x, centers = rng.normal(size=(size, 5)).astype(dtype), rng.normal(size=(num_classes, 5)).astype(dtype)
+    return x, centers, rng.integers(-1, num_classes, size), rng.random(size) < 0.9
+
+
+def run(centers, *batch):
+    return step(jnp.asarray(centers), clj.center_update().init(centers), *batch)
+
+
+@pytest.mark.parametrize('num_classes', CLASSES)
+@pytest.mark.parametrize('size', SIZES)
+def test_many_rows_move_their_centers_as_eq_4_says(size, num_classes):
+    x, centers, labels, mask = problem(size, num_classes)
+    moved, state = run(centers, x, labels, mask)
+    expected = oracle.center_update(x, centers, np.where(mask, labels, -1), 0.5)
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.step_norm, np.linalg.norm(expected - centers), rtol=1e-5)
+    assert state.left_out == 0
+
+
+@pytest.mark.parametrize('num_classes', CLASSES)
+def test_in_float64_to_1e_12(num_classes):
+    with jax.enable_x64(True):
+        x, centers, labels, mask = problem(SIZES[-1], num_classes, np.float64)
+        moved, state = run(centers, x, labels, mask)
+        expected = oracle.center_update(x, centers, np.where(mask, labels, -1), 0.5)
+        np.testing.assert_allclose(moved, expected, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(state.step_norm, np.linalg.norm(expected - centers), rtol=1e-6)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_as_if_absent(bad):
+    x, centers, labels, mask = problem(SIZES[-1], 7)
+    broken = x.copy()
+    broken[::100, 2] = bad
+    moved, state = run(centers, broken, labels, mask)
+    present = mask & (np.arange(len(x)) % 100 != 0)
+    expected, alone = run(centers, x, labels, present)
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.step_norm, alone.step_norm, rtol=1e-5)
+    assert state.left_out == np.sum(mask & ~present & (labels >= 0))
+
+
+def test_a_bfloat16_table_is_rounded_once():
+    x = np.full((SIZES[0], 1), 101.0, np.float32)
+    moved, _ = run(jnp.full((1, 1), 100.0, jnp.bfloat16), x, np.zeros(len(x), int), np.ones(len(x), bool))
+    assert moved[0, 0] == 100.5
+
+
+def test_the_same_batch_gives_the_same_bits():
+    x, centers, labels, mask = problem(SIZES[-1], 7)
+    chex.assert_trees_all_equal(run(centers, x, labels, mask), run(centers, x, labels, mask))
+
+
+def test_moves_that_were_summed_are_dropped():
+    x, centers, labels, mask = problem(SIZES[0], 7)
+    transform: Any = clj.center_update(0.5)
+    moves, _ = transform.update(clj.center_rows(x, centers, labels, where=mask), transform.init(centers))
+    np.testing.assert_array_equal(centers + jax.tree.map(jnp.add, moves, moves), centers)
+
+
+def test_temporaries_do_not_depend_on_the_number_of_classes():
+    def memory(num_classes) -> Any:
+        shape = jax.ShapeDtypeStruct
+        arguments = shape((num_classes, 512), jnp.float32), shape((4096, 512), jnp.float32)
+        labels, mask = shape((4096,), jnp.int32), shape((4096,), jnp.bool)
+        state = jax.eval_shape(clj.center_update().init, arguments[0])
+        return step.lower(arguments[0], state, arguments[1], labels, mask).compile().memory_analysis()
+
+    few, many = memory(1000), memory(1_000_000)
+    assert few.temp_size_in_bytes == many.temp_size_in_bytes < 3 * 4096 * 512 * 4
+    assert many.alias_size_in_bytes >= 1_000_000 * 512 * 4
