@@ -36,7 +36,7 @@ def main(
     code, message = _outcome(parser, experiment, argv)
     if message:
         sys.stderr.write(f'{parser.prog}: {message}\n')
-    processes.end(code, message)
+    processes.fail(code, message)
     sys.exit(code)
 
 
@@ -46,9 +46,11 @@ def _outcome(parser: _Parser, experiment: Callable[[Any], None], argv: Sequence[
         if isinstance(config, Where):
             config.join()
         experiment(config)
+        processes.leave()
     except (DataError, JoinError, RunError, ValueError) as error:
         return 2, str(error)
     except Stopped as stopped:
+        processes.leave()  # all have stopped at the same step
         return stopped.exit_code, str(stopped)
     except KeyboardInterrupt:
         return 130, 'interrupted'

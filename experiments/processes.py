@@ -81,16 +81,18 @@ def _of_all(values) -> np.ndarray:
         return multihost_utils.process_allgather(np.asarray(values, np.int32))
 
 
-def end(code: int, message: str) -> None:
-    """Ends this process's part of the run. If it failed it leaves at once, and tells the others why."""
+def leave() -> None:
+    """Waits for the others at the end of a run, or where all of them have stopped."""
     global _watch
-    if _watch is None:
-        return
-    if code in (0, 130, 143):  # the run is done, or has been stopped in all processes at the same step
+    if _watch is not None:
         together('the end')
         _watch.leave()
         _watch = None
-    else:
+
+
+def fail(code: int, message: str) -> None:
+    """If this process has others and has not left them, ends it at once and tells them why."""
+    if _watch is not None:
         _watch.fail(f'ended with exit code {code}: {message.strip().splitlines()[-1]}', code)
 
 

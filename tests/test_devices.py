@@ -1,6 +1,7 @@
 """Data parallelism by axis_name: every device makes the move of one device with the whole batch."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -10,7 +11,10 @@ import optax
 import oracle
 import pytest
 from flax import jax_utils
+from jax import P
+from jax.sharding import AxisType
 from problems import make_problem
+from programs import collective_sizes
 from steps import center_state, linen_state, linen_step, make_batch, update
 
 import centerloss_jax as clj
@@ -65,22 +69,24 @@ def by_pmap(state, images, labels):
     return jax_utils.unreplicate(state), loss[0]
 
 
-def by_shard_map(state, images, labels, check_vma=True):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ('batch',))
+def by_shard_map(state, images, labels, check_vma=True, axis_type=AxisType.Auto):
+    mesh = jax.make_mesh((8,), ('batch',), axis_types=(axis_type,))
     step = jax.shard_map(
         partial(linen_step, axis_name='batch'),
         mesh=mesh,
-        in_specs=(jax.P(), jax.P('batch'), jax.P('batch')),
-        out_specs=(jax.P(), jax.P()),
+        in_specs=(P(), P('batch'), P('batch')),
+        out_specs=(P(), P()),
         check_vma=check_vma,
     )
     flat = images.reshape(-1, images.shape[-1]), labels.reshape(-1)
-    return jax.jit(step, donate_argnums=0)(jax.device_put(state, jax.NamedSharding(mesh, jax.P())), *flat)
+    batch = jax.device_put(flat, jax.NamedSharding(mesh, P('batch')))
+    return jax.jit(step, donate_argnums=0)(jax.device_put(state, jax.NamedSharding(mesh, P())), *batch)
 
 
 WAYS = {
     'pmap': by_pmap,
     'shard_map': by_shard_map,
+    'shard_map, Explicit': partial(by_shard_map, axis_type=AxisType.Explicit),
     'shard_map, unchecked': partial(by_shard_map, check_vma=False),
 }
 
@@ -100,6 +106,44 @@ def test_the_whole_train_step_is_that_of_one_device(way):
     assert state.step == 1
 
 
+def pmapped(fn):
+    shapes = ((8, 8, 6), np.float32), ((8, 8), np.int32), ((8, 100_003, 6), np.float32)
+    return jax.pmap(fn, axis_name='batch', donate_argnums=2), [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+def shard_mapped(fn, axis_type=AxisType.Auto):
+    mesh = jax.make_mesh((8,), ('batch',), axis_types=(axis_type,))
+    specs = P('batch'), P('batch'), P()
+    shapes = ((64, 6), np.float32), ((64,), np.int32), ((100_003, 6), np.float32)
+    arrays = [
+        jax.ShapeDtypeStruct(*shape, sharding=jax.NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P()), donate_argnums=2), arrays
+
+
+@pytest.mark.parametrize(
+    'way',
+    [pmapped, shard_mapped, partial(shard_mapped, axis_type=AxisType.Explicit)],
+    ids=['pmap', 'shard_map', 'shard_map, Explicit'],
+)
+def test_what_travels_and_the_temporaries_do_not_grow_with_the_table(way):
+    def step(x, labels, table):
+        def loss_fn(x):
+            loss, rows = clj.center_loss_and_rows(x, table, labels, axis_name='batch')
+            return jax.lax.pmean(loss, 'batch'), rows
+
+        (loss, rows), _ = jax.value_and_grad(loss_fn, has_aux=True)(x)
+        return *update(TRANSFORM, rows, TRANSFORM.init(table), table), loss
+
+    jitted, arrays = way(step)
+    compiled = jitted.lower(*arrays).compile()
+    assert 0 < max(collective_sizes(compiled)) <= 64 * 6
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 100_003 * 6 * 4 // 10
+    assert memory.alias_size_in_bytes >= 100_003 * 6 * 4
+
+
 def test_a_mesh_of_two_axes_may_name_both():
     x, centers, labels, _ = make_problem(leading=(16,), dtype=np.float32)
     transform = clj.center_update(0.5, axis_name=('data', 'more'))
@@ -108,8 +152,8 @@ def test_a_mesh_of_two_axes_may_name_both():
         return update(transform, clj.center_rows(x, table, labels), transform.init(table), table)
 
     mesh = jax.make_mesh((4, 2), ('data', 'more'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    batch = jax.P(('data', 'more'))
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(batch, batch, jax.P()), out_specs=jax.P())
+    batch = P(('data', 'more'))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(batch, batch, P()), out_specs=P())
     table, _ = jax.jit(mapped)(x, labels, centers)
     np.testing.assert_allclose(table, oracle.center_update(x, centers, labels, 0.5), rtol=1e-5, atol=1e-6)
 
@@ -122,8 +166,8 @@ def test_a_forgotten_axis_name_is_an_error_under_the_replication_check():
         return update(transform, clj.center_rows(x, table, labels), transform.init(table), table)[0]
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ('batch',))
-    specs = jax.P('batch'), jax.P('batch'), jax.P()
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=jax.P())
+    specs = P('batch'), P('batch'), P()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
     with pytest.raises(ValueError, match='out_specs'):
         jax.jit(mapped)(x, labels, centers)
 

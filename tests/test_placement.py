@@ -1,6 +1,5 @@
 """Tables on a mesh: padding, what a pad row does, saving and restoring, and the functions that search a whole table."""
 
-import re
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
 from tests import oracle
+from tests.programs import collective_sizes
 
-COLLECTIVE = re.compile(r'= (\S+) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(')
 TABLES = [P(), P('classes', None), P('data', None), P(('data', 'classes'), None)]
 
 
@@ -86,28 +85,27 @@ def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
     np.testing.assert_array_equal(np.flatnonzero((moved[:10] != table).any(axis=1)), [4])
 
 
+@pytest.mark.parametrize('batch_spec', [P('data'), P(('data', 'classes'))], ids=lambda spec: f'batch {spec}')
 @pytest.mark.parametrize('spec', TABLES, ids=str)
-def test_the_nearest_center_is_the_same_on_a_mesh_and_the_table_stays(mesh, spec):
+def test_the_nearest_center_is_the_same_on_a_mesh_and_the_table_stays(mesh, spec, batch_spec):
     rng = np.random.default_rng(1)
     x, centers = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=(4093, 3)).astype(np.float32)
     table = clj.shard_centers(centers, NamedSharding(mesh, spec))
-    batch = jax.device_put(x, NamedSharding(mesh, P('data')))
+    batch = jax.device_put(x, NamedSharding(mesh, batch_spec))
     compiled = jax.jit(clj.nearest_center).lower(batch, table).compile()
     labels, distances = compiled(batch, table)
     expected_labels, expected_distances = oracle.nearest_center(x, centers)
     np.testing.assert_array_equal(labels, expected_labels)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
-    sizes = [
-        np.prod([int(n) for n in re.findall(r'\d+', shape.split('[')[1].split(']')[0])] or [1])
-        for shape in COLLECTIVE.findall(compiled.as_text() or '')
-    ]
-    assert max(sizes, default=0) < 512  # a device's part of the table has 1,536 numbers
+    assert max(collective_sizes(compiled), default=0) < 512  # a device's part of the table has 1,536 numbers
 
 
-def test_class_statistics_are_the_same_on_a_mesh(mesh):
+@pytest.mark.parametrize('spec', [P('data'), P(('data', 'classes'))], ids=str)
+def test_class_statistics_are_the_same_on_a_mesh(mesh, spec):
     rng = np.random.default_rng(2)
-    x, labels = rng.normal(size=(2, 8, 3)).astype(np.float32), rng.integers(-1, 4, (2, 8)).astype(np.int32)
-    place = lambda a: jax.device_put(a, NamedSharding(mesh, P('data')))  # noqa: E731
+    x, labels = rng.normal(size=(16, 2, 3)).astype(np.float32), rng.integers(-1, 4, (16, 2)).astype(np.int32)
+    labels[-2:] = -1  # all that the last device has
+    place = lambda a: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
     on_mesh = jax.jit(lambda x, labels: clj.class_statistics(x, labels, 4))(place(x), place(labels))
     alone = clj.class_statistics(x, labels, 4)
     for field in ('count', 'mean', 'squared_deviation', 'intra', 'inter', 'ratio'):

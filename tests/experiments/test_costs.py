@@ -1,0 +1,76 @@
+"""The cost model against what the compiler reports: what is kept, and what travels, of the step on several meshes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import centerloss_jax as clj
+from experiments import cli, costs
+from experiments.devices import over_mesh
+from tests.programs import collective_sizes
+
+B, D, C = 4096, 64, 1_000_000
+
+
+def compiled_step(**sizes: int) -> Any:
+    mesh: Any = over_mesh(jax.devices()[: int(np.prod([*sizes.values()]))], sizes).mesh
+    tx = clj.center_update(0.5, mesh=mesh)
+
+    def step(table, state, x, labels):
+        (_, rows), gradient = jax.value_and_grad(lambda x: clj.center_loss_and_rows(x, table, labels), has_aux=True)(x)
+        updates, state = tx.update(rows, state, table)
+        return optax.apply_updates(table, updates), state, gradient
+
+    def shape(dimensions, dtype, *spec):
+        return jax.ShapeDtypeStruct(dimensions, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    state = jax.tree.map(lambda a: shape(a.shape, a.dtype), tx.init(jnp.zeros((1, D))))
+    table = shape((C, D), jnp.float32, 'classes' if 'classes' in sizes else None)
+    axes = tuple(sizes)
+    return (
+        jax.jit(step, donate_argnums=0)
+        .lower(table, state, shape((B, D), jnp.float32, axes), shape((B,), jnp.int32, axes))
+        .compile()
+    )
+
+
+@pytest.mark.parametrize(
+    'sizes',
+    [{'data': 1}, {'data': 8}, {'classes': 8}, {'data': 2, 'classes': 4}],
+    ids=str,
+)
+def test_the_model_is_what_the_compiler_reports(sizes):
+    model = costs.step_costs(C, D, B, **sizes)
+    compiled = compiled_step(**sizes)
+    memory = compiled.memory_analysis()
+    assert model.table <= memory.alias_size_in_bytes < 1.01 * model.table
+    assert model.temporaries / 2 < memory.temp_size_in_bytes < model.temporaries
+
+    # The collectives that carry rows; the others carry a number an example.
+    data, classes = sizes.get('data', 1), sizes.get('classes', 1)
+    looked_up, gathered = B // data * D, B * D
+    expected = ([looked_up] if classes > 1 else []) + ([gathered] if data * classes > 1 else [])
+    assert [size for size in collective_sizes(compiled) if size > B] == expected
+
+
+def test_by_hand():
+    one = costs.step_costs(10, 2, 4)
+    assert one == (80, 320, 128, 5 * 4 * 2 * 4, 0)
+    # 3 of 10 rows on each of 4 devices; the group of 4 looks up 2 of 4 examples, and has them all in the end.
+    mesh = costs.step_costs(10, 2, 4, data=2, classes=4)
+    assert mesh == (24, 96, 128, 8 * (12 / 8 + 8 / 4 + 8), 8 * (2 * 3 / 4 * 2 + 7 / 8 * 4))
+    assert costs.step_costs(10, 2, 4, itemsize=2).table == 40
+
+
+def test_the_command_prints_a_row_for_each_mesh(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(costs.Config, costs.main, 'experiments.costs', ['--meshes', 'classes=4', 'data=2,classes=4'])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines() if '=' in line] == ['classes=4', 'data=2,classes=4']
