@@ -52,6 +52,8 @@ class Common:
         for name in ('feature_dim', 'epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if not self.dataset:
+            raise ValueError("--dataset is '', which names nothing; for the images of the current directory give .")
         if self.image_size < 0:
             raise ValueError(f'--image-size must be 0 or more, got {self.image_size}')
         if not 0 < self.learning_rate < math.inf:
