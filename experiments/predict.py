@@ -44,7 +44,7 @@ class Config:
     arm: str = ''
     """which of its networks, such as softmax or center-3; by default the first one with center loss"""
     data_dir: Path | None = None
-    """where prepared sets are and go; by default a folder in the user's cache"""
+    """where prepared sets are and go; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     out: Path | None = None
     """folder for what is written; by default predictions in the folder of the run, where earlier ones are replaced"""
     overwrite: bool = simple_parsing.field(default=False, action='store_true')

@@ -157,12 +157,16 @@ def test_a_flag_without_its_value_does_not_pass_in_silence(tmp_path, capsys, fla
         ('--alpha', 'nan'),
         ('--center-weight', '-1'),
         ('--center-weight', 'inf'),
+        ('--center-weight', '1e39'),  # infinite in float32
         ('--epochs', '0'),
         ('--epochs', 'two'),
         ('--batch-size', '0'),
+        ('--batch-size', '1439'),  # one more than there are train examples
+        ('--image-size', '3'),
         ('--feature-dim', '0'),
         ('--learning-rate', '0'),
         ('--learning-rate', 'nan'),
+        ('--learning-rate', '1e39'),
         ('--seed', '-1'),
         ('--model', 'resnet'),
         ('--parallel', 'all'),
