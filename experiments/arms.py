@@ -68,6 +68,7 @@ class Job:
 
     def start(self, data: Dataset) -> None:
         """Begins the run, or goes on with it, on this data."""
+        self.settings.check_data(len(data.train), data.image_shape)
         self.data = data
         self.steps = -(-len(data.train) // self.settings.batch_size)  # of an epoch
         facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}

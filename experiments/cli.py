@@ -1,8 +1,10 @@
 """The command line of an experiment: a frozen dataclass is its flags, its defaults and its help."""
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import simple_parsing
@@ -16,8 +18,30 @@ from experiments.where import Where
 
 
 class _Parser(simple_parsing.ArgumentParser):
+    def add_argument_group(self, title: str | None = None, description: str | None = None, *_, **__) -> Any:
+        """The flags of the one dataclass. One that may be left out may not be given without a value."""
+        group = super().add_argument_group('flags' if description else title, description)
+        add = group.add_argument
+
+        def add_strictly(*names: str, **options: Any) -> argparse.Action:
+            if options.get('nargs') == '?':
+                options |= {'nargs': None, 'metavar': options['metavar'].strip('[]')}
+            if options.get('type') is Path:
+                options |= {'type': folder, 'metavar': 'folder'}
+            return add(*names, **options)
+
+        group.add_argument = add_strictly
+        return group
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: {message}\n')
+
+
+def folder(text: str) -> Path:
+    """An empty text, such as a shell variable that is not set, would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no folder; for the current directory give .")
+    return Path(text)
 
 
 def main(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simple_parsing
 from PIL import Image
 from rich.console import Console
 
@@ -24,11 +25,12 @@ from experiments.image_files import SUFFIXES
 from experiments.image_folder import open_image
 from experiments.known import read_known
 from experiments.models import Classifier
-from experiments.runs import CHECKPOINTS, CONFIG, RunError, read_json
+from experiments.runs import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
 from experiments.splits import MODES, Split
 from experiments.training import create_state
 
 UNKNOWN = 'unknown'
+TABLE, PICTURE = 'predictions.csv', 'predictions.png'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +44,11 @@ class Config:
     arm: str = ''
     """which of its networks, such as softmax or center-3; by default the first one with center loss"""
     data_dir: Path | None = None
-    """where prepared sets are and go; by default a folder in the user's cache"""
+    """where prepared sets are and go; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     out: Path | None = None
-    """folder for what is written; by default predictions in the folder of the run"""
+    """folder for what is written; by default predictions in the folder of the run, where earlier ones are replaced"""
+    overwrite: bool = simple_parsing.field(default=False, action='store_true')
+    """replace the predictions that --out holds"""
 
 
 def main(config: Config) -> None:
@@ -54,6 +58,7 @@ def main(config: Config) -> None:
     if arm not in reach:
         raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(reach)}')
     settings = read_json(config.run / CONFIG)
+    out = _folder(config)
     names, split = _images(config, settings['image_shape'])
     devices = choose('none')
     state = restored(settings, config.run / CHECKPOINTS / arm)
@@ -65,14 +70,23 @@ def main(config: Config) -> None:
         {'image': name, 'label': label, 'nearest': class_names[own], 'distance': float(distance)}
         for name, label, own, distance in zip(names, found, classes, distances, strict=True)
     ]
-    out = config.out or config.run / 'predictions'
     out.mkdir(parents=True, exist_ok=True)
-    write_table(out / 'predictions.csv', rows)
+    write_table(out / TABLE, rows)
     captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
     title = f'{config.images}: nearest center and distance, unknown beyond {reach[arm]:.3g}'
-    draw_contact_sheet(out / 'predictions.png', split.images, captions, unknown, title=title)
+    draw_contact_sheet(out / PICTURE, split.images, captions, unknown, title=title)
     text = f'{len(rows)} images, {unknown.sum()} of them unknown; {out / "predictions.png"} shows them'
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def _folder(config: Config) -> Path:
+    """Where the predictions go. In a folder of the user's own choice nothing is replaced unasked."""
+    out = config.out or config.run / 'predictions'
+    check_folder(out)
+    taken = [name for name in (TABLE, PICTURE) if (out / name).exists()]
+    if taken and config.out and not config.overwrite:
+        raise RunError(f'--out {out} holds {taken[0]}; name another folder, or pass --overwrite to replace it')
+    return out
 
 
 def restored(settings: dict[str, Any], folder: Path) -> Any:
@@ -85,6 +99,8 @@ def restored(settings: dict[str, Any], folder: Path) -> Any:
 
 def _images(config: Config, image_shape: list[int]) -> tuple[list[str], Split]:
     """Names and pixels of all images, in the shape that the network was trained on; their labels are not asked for."""
+    if not config.images:
+        raise DataError("--images is '', which names nothing; for those of the current directory give .")
     height, width, channels = image_shape
     folder = Path(config.images).expanduser()
     if folder.is_dir():

@@ -1,11 +1,14 @@
 """The folder of a run: what it was asked, what it measured a row at a time, and what came of it."""
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
+import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -48,17 +51,44 @@ def in_a_line(surroundings: Mapping[str, Any]) -> str:
     return f'{surroundings["devices"]} ({surroundings["backend"]}); {versions}'
 
 
-class Run:
-    """The folder `out` of a run. If it holds a run already, that one is resumed or overwritten, or it is an error."""
-
-    def __init__(self, out: Path, *, overwrite: bool, resume: bool = False):
+def check_folder(out: Path) -> None:
+    """Raises RunError if no file can be written to the folder `out`. What was made to find out is removed again."""
+    made = []
+    try:
         if out.exists() and not out.is_dir():
             raise RunError(f'--out {out} is a file; name a folder')
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise RunError(f'--out {out} cannot be written to ({error.strerror}); name another folder') from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it was not made, or another process uses it
+                path.rmdir()
+
+
+class Run:
+    """The folder `out` of a run. If it holds a run already, that one is resumed or overwritten, or it is an error.
+
+    A run is where its settings are. Without them, what has the name of a run's file may be anyone's.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool, resume: bool = False):
+        if processes.first():
+            check_folder(out)
         held = (out / CONFIG).exists()
         if held and not (overwrite or resume):
             raise RunError(
                 f'--out {out} holds a run; name another folder, or pass --resume to go on with it, '
                 'or --overwrite to replace it'
+            )
+        names = (METRICS, SUMMARY, KNOWN, *TABLES, *PAGES, *FOLDERS)
+        taken = [name for name in names if os.path.lexists(out / name)]
+        if taken and not held:
+            raise RunError(
+                f'--out {out} holds {taken[0]}, but no {CONFIG}, so it is no run and nothing is removed; '
+                'name another folder'
             )
         self.out = out
         self.resumed = held and resume
@@ -83,9 +113,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
-        if not self.resumed:
-            for name in (CONFIG, METRICS):
-                (self.out / name).unlink(missing_ok=True)
+        if not self.resumed:  # the settings are replaced last: until then the rest is known as a run's
+            (self.out / METRICS).unlink(missing_ok=True)
             for name in FOLDERS:
                 shutil.rmtree(self.out / name, ignore_errors=True)
         write_json(self.out / CONFIG, config)

@@ -1,14 +1,19 @@
 """What an experiment can be asked: the flags that all of them have, checked, and the command line of a run."""
 
 import dataclasses
-import math
 import shlex
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import simple_parsing
 
+from experiments.copies import DataError
+from experiments.models import TRUNKS
 from experiments.where import Where
+
+# Beyond it a number is infinite in float32, in which all is computed.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def flag(name: str) -> str:
@@ -26,7 +31,7 @@ class Common:
     dataset: str = 'digits'
     """a TFDS name such as mnist, fashion_mnist or cifar10; digits, which needs no download; or a folder of images"""
     data_dir: Path | None = None
-    """where prepared sets are and go; by default a folder in the user's cache"""
+    """where prepared sets are and go; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
     """width and height that all images are brought to, in pixels; 0 leaves them as they are"""
     out: Path = Path('runs')
@@ -40,26 +45,45 @@ class Common:
     batch_size: int = 32
     """examples in a step, over all devices together"""
     learning_rate: float = 3e-3
-    """of Adam, for the parameters; the centers have alpha"""
+    """step size of Adam, for the parameters; the centers have alpha"""
     seed: int = 0
-    """of the initialization and of the order of the examples"""
+    """what the initialization and the order of the examples are drawn from"""
     overwrite: bool = simple_parsing.field(default=False, action='store_true')
     """replace the run that --out holds"""
     resume: bool = simple_parsing.field(default=False, action='store_true')
-    """go on with the run that --out holds, or start it; only --epochs may be another"""
+    """go on with the run that --out holds, or start it; --epochs may be raised, and flags that say only how and where,
+    such as --parallel, --save-every and --data-dir, may be others"""
 
     def __post_init__(self):
         for name in ('feature_dim', 'epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if not self.dataset:
+            raise ValueError("--dataset is '', which names nothing; for the images of the current directory give .")
         if self.image_size < 0:
             raise ValueError(f'--image-size must be 0 or more, got {self.image_size}')
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f'--learning-rate must be a positive number, got {self.learning_rate}')
+        if not 0 < self.learning_rate <= LARGEST:
+            raise ValueError(f'--learning-rate must be positive and at most {LARGEST:.2g}, got {self.learning_rate}')
         if not 0 <= self.seed < 2**32:
             raise ValueError(f'--seed must be in [0, 2**32), got {self.seed}')
         if self.resume and self.overwrite:
             raise ValueError('--resume goes on with a run and --overwrite replaces it; pass one of them')
+
+    def check_data(self, train_examples: int, image_shape: tuple[int, ...]) -> None:
+        """Raises DataError if the network cannot be trained on this data."""
+        channels, _ = TRUNKS[self.model]
+        height, width, _ = image_shape
+        smallest = 2 ** len(channels)
+        if min(height, width) < smallest:
+            raise DataError(
+                f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs '
+                f'{smallest}x{smallest} or more; pass --image-size {smallest} or more'
+            )
+        if self.batch_size > train_examples:
+            raise DataError(
+                f'--batch-size is {self.batch_size}, but {self.dataset} has only {train_examples} train examples; '
+                'give that many or fewer'
+            )
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what comes out of an epoch."""
@@ -111,8 +135,8 @@ class Settings(Common, Where):
 
 
 def check_weight(value: float, name: str) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f'{name} must be 0 or more, got {value}')
+    if not 0 <= value <= LARGEST:
+        raise ValueError(f'{name} must be from 0 to {LARGEST:.2g}, got {value}')
 
 
 def check_alpha(value: float, name: str) -> None:

@@ -65,7 +65,7 @@ class Config(Common):
     feature_dim: int = 64
     """number of feature dimensions; weights.png has 2 in any case"""
     seed: int = 0
-    """the first seed, of the initialization and of the order of the examples"""
+    """the first of the seeds that the initialization and the order of the examples are drawn from"""
     seeds: int = 5
     """number of seeds for each cell"""
     weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
@@ -114,6 +114,7 @@ def main(config: Config) -> None:
     parts = divide(load(config.dataset, config.data_dir, config.image_size), config.held_out)
     for note in parts.known.notes:
         console.print(note, highlight=False, soft_wrap=True)
+    config.check_data(len(parts.known.train), parts.known.image_shape)
     facts = {'num_classes': parts.known.num_classes, 'train_examples': len(parts.known.train)}
     if run.resumed:
         run.check({**config.decisive(), **facts})

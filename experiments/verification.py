@@ -42,7 +42,7 @@ class Config(Settings):
     feature_dim: int = 64
     """number of feature dimensions"""
     seed: int = 0
-    """the first seed, of the initialization and of the order of the examples"""
+    """the first of the seeds that the initialization and the order of the examples are drawn from"""
     seeds: int = 5
     """number of seeds, each of which trains both arms"""
     held_out: str = ''

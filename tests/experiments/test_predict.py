@@ -82,6 +82,7 @@ def test_an_image_that_is_no_digit_is_unknown(trained, tmp_path):
     ('flags', 'named'),
     [
         (('--images', 'digits'), ('--images', ':train', ':test')),
+        (('--images', ''), ('--images',)),
         (('--images', 'digits:validation'), (':train', ':test')),
         (('--images', 'digits:test', '--arm', 'triplet'), ('triplet', 'softmax', 'center')),
         (('--images', 'digits:test', '--run', 'nowhere'), ('nowhere', '--resume')),
@@ -100,6 +101,16 @@ def test_what_cannot_be_labelled_is_one_line_that_says_why_and_exit_code_2(train
     assert len(error.splitlines()) == 1
     assert all(word in error for word in named)
     assert not (tmp_path / 'out').exists()
+
+
+def test_predictions_in_a_folder_of_ones_own_are_replaced_only_if_they_may_be(trained, tmp_path, capsys):
+    (tmp_path / 'predictions.csv').write_text('mine')
+    flags = '--images', 'digits:test', '--run', trained, '--out', tmp_path
+    assert run(*flags) == 2
+    assert '--overwrite' in capsys.readouterr().err
+    assert (tmp_path / 'predictions.csv').read_text() == 'mine'
+    assert run(*flags, '--overwrite') == 0
+    assert predictions(tmp_path)[0]['image'] == 'digits:test:0'
 
 
 @pytest.mark.parametrize('count', [1, 7, 100])

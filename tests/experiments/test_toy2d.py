@@ -109,6 +109,47 @@ def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_pat
     assert (out / 'notes.txt').read_text() == 'mine'
 
 
+@pytest.mark.parametrize('name', ['metrics.csv', 'report.html', 'checkpoints/mine.txt', 'profile/mine.txt'])
+@pytest.mark.parametrize('flags', [(), ('--overwrite',), ('--resume',)])
+def test_a_folder_that_holds_what_is_named_like_a_runs_files_but_no_run_is_left_as_it_is(
+    tmp_path, data_dir, capsys, name, flags
+):
+    mine = tmp_path / 'mine' / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('mine')
+    assert run('--out', tmp_path / 'mine', '--data-dir', data_dir, *flags) == 2
+    assert mine.read_text() == 'mine'
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert 'another folder' in error
+    assert '--overwrite' not in error
+
+
+@pytest.mark.parametrize('place', ['a file/run', 'a file', '/proc/run'])
+def test_an_out_that_cannot_be_written_to_is_one_line_before_the_data_are_read(tmp_path, capsys, place):
+    (tmp_path / 'a file').write_text('mine')
+    assert run('--out', tmp_path / place, '--dataset', 'no such set') == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(words in error for words in ('--out', str(tmp_path / place), 'folder'))
+
+
+@pytest.mark.parametrize('flag', ['--out', '--data-dir', '--dataset'])
+def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.chdir(tmp_path)
+    assert run(flag, '') == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert flag in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flag', ['--data-dir', '--mesh', '--coordinator'])
+def test_a_flag_without_its_value_does_not_pass_in_silence(tmp_path, capsys, flag):
+    assert run('--out', tmp_path / 'run', flag, '--epochs', 1) == 2
+    assert flag in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('flag', 'value'),
     [
@@ -116,12 +157,16 @@ def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_pat
         ('--alpha', 'nan'),
         ('--center-weight', '-1'),
         ('--center-weight', 'inf'),
+        ('--center-weight', '1e39'),  # infinite in float32
         ('--epochs', '0'),
         ('--epochs', 'two'),
         ('--batch-size', '0'),
+        ('--batch-size', '1439'),  # one more than there are train examples
+        ('--image-size', '3'),
         ('--feature-dim', '0'),
         ('--learning-rate', '0'),
         ('--learning-rate', 'nan'),
+        ('--learning-rate', '1e39'),
         ('--seed', '-1'),
         ('--model', 'resnet'),
         ('--parallel', 'all'),
