@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 8  # steps
+PATIENCE = 12.0  # seconds for an arm
 COPIED = 2**28  # bytes of the array that shows the bandwidth: beyond every cache
 
 
@@ -36,16 +37,22 @@ class Timing:
 
 
 def measure(steps: Iterator[Any], rounds: int) -> Timing:
-    """Times `next(steps)`, which must wait for its own result, in so many blocks of eight."""
-    for _ in range(BLOCK):
-        next(steps)
-    seconds = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        for _ in range(BLOCK):
-            next(steps)
-        seconds.append((time.perf_counter() - begun) / BLOCK)
+    """Times `next(steps)`, which must wait for its own result, in so many blocks of eight; slow steps in fewer."""
+    begun = time.perf_counter()
+    _block(steps)
+    seconds = [_block(steps)]
+    while len(seconds) < rounds and time.perf_counter() - begun < PATIENCE:
+        seconds.append(_block(steps))
     return Timing.of(seconds)
+
+
+def _block(steps: Iterator[Any]) -> float:
+    """Seconds a step over eight steps, or over those of the first seconds."""
+    begun, done = time.perf_counter(), 0
+    while done < BLOCK and time.perf_counter() - begun < PATIENCE / 4:
+        next(steps)
+        done += 1
+    return (time.perf_counter() - begun) / done
 
 
 def bandwidth() -> float:

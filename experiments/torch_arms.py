@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.jax_arms import ALPHA, Arm, Cell
 
-DENSE_LIMIT = 2 * 2**30  # bytes of a B x C matrix, of which the dense form needs several
+DENSE_LIMIT = 2**31  # bytes of a B x C matrix, of which the dense form needs several
 
 
 def installed() -> Any | None:
