@@ -58,24 +58,27 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
     data_dir = (data_dir or cache).expanduser().absolute()
     try:
-        return _read(dataset, *_builder(dataset, data_dir), image_size)
+        return _read(*_builder(dataset, data_dir), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(f'{dataset} could not be read or prepared in {data_dir}: {error}') from error
 
 
-def _builder(dataset: str, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
-    """The builder of a prepared copy, and notes. A name wins over a folder: `./mnist` is the folder."""
+def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
+    """What a set is called, the builder of its prepared copy, and notes.
+
+    A name wins over a folder: `./mnist` is the folder.
+    """
     catalogue = tfds.list_builders(with_community_datasets=False)
     name = re.split('[/:]', dataset)[0]
     folder = Path(dataset).expanduser().resolve()
     if dataset == 'digits':
-        return builders.digits(data_dir), ()
+        return dataset, builders.digits(data_dir), ()
     if name in catalogue:
-        return prepare.public(dataset, data_dir), ()
+        return dataset, prepare.public(dataset, data_dir), ()
     if folder.is_dir():
-        return image_folder(folder, data_dir)
+        return folder.name, *image_folder(folder, data_dir)
     if copy := copies.find(dataset, data_dir):
-        return copy, ()
+        return dataset, copy, ()
     near = difflib.get_close_matches(name, ['digits', *catalogue], n=3)
     hint = f'; did you mean {" or ".join(near)}?' if near else ''
     raise DataError(f'{dataset} is neither a dataset of tensorflow-datasets nor a folder of images{hint}')

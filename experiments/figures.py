@@ -51,7 +51,7 @@ def animate_features(path: Path, history: dict[str, list[Snapshot]], class_names
     frames = []
     for index in np.unique(np.linspace(0, len(moments) - 1, MAX_FRAMES).round().astype(int)):
         for panel, arm, snapshot in zip(panels, history, moments[index], strict=True):
-            panel.show(snapshot, 'test', f'{arm}, epoch {snapshot.epoch}, test set\n{numbers_of(snapshot)}')
+            panel.show(snapshot, 'test', f'{arm}\nepoch {snapshot.epoch}, test set\n{numbers_of(snapshot)}')
         if not frames:
             _lay_out_for_good(figure)
         canvas.draw()
@@ -59,7 +59,9 @@ def animate_features(path: Path, history: dict[str, list[Snapshot]], class_names
 
     palette = _gif_palette()
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [150] * (len(frames) - 1) + [2000]  # milliseconds
+    # It goes round, and begins at its end: what shows one frame only shows what came out.
+    frames = [frames[-1], *frames[:-1]]
+    durations = [2000] + [150] * (len(frames) - 1)  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
@@ -68,7 +70,7 @@ def _figure(
 ) -> tuple[Figure, np.ndarray]:
     """An empty figure with `rows` panels [rows, planes] for each plane."""
     columns = len(planes)
-    size = (panel_inches * columns, (panel_inches + 0.3) * rows + 0.3)
+    size = (panel_inches * columns, (panel_inches + 0.35) * rows + 0.6)
     figure = Figure(figsize=size, dpi=dpi, layout='constrained')
     figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
     caption = 'White dots are the class centers.'

@@ -37,7 +37,7 @@ def place_labels(
 
         distances = np.linalg.norm(choices[:, None] - middles, axis=2)  # [16, C]
         own = np.nan_to_num(distances, nan=np.inf).argmin(axis=1) == c
-        inside = np.all((choices > window[:, 0]) & (choices < window[:, 1]), axis=1)
+        inside = np.all((choices - size / 2 > window[:, 0]) & (choices + size / 2 < window[:, 1]), axis=1)
         apart = np.abs(choices[:, None] - taken[:, 0]) > (taken[:, 1] + size) / 2  # [16, taken, 2]
         good = choices[own & inside & apart.any(axis=2).all(axis=1)]
         places.append(good[0] if len(good) else None)

@@ -72,7 +72,7 @@ class Panel:
         self.labels = [] if plane.dimensions == 1 else [
             axes.text(0, 0, name, fontsize=self.label_size, fontweight='bold', **style) for name in names
         ]  # fmt: skip
-        self.note = axes.text(0.5, 0.05, '', transform=axes.transAxes, fontsize=10, **style)
+        self.note = axes.text(0.5, 0.08, '', transform=axes.transAxes, fontsize=10, **style)
 
     def show(self, snapshot: Snapshot, part: str, heading: str) -> None:
         features, labels = _set_of(snapshot, part)
@@ -148,7 +148,7 @@ def numbers_of(snapshot: Snapshot) -> str:
 
 
 def _note(snapshot: Snapshot, features: np.ndarray) -> str:
-    notes = ['collapsed: all points coincide'] if snapshot.collapsed else []
+    notes = ['collapsed: the features\ntell nothing of the class'] if snapshot.collapsed else []
     for what, rows in (('points', features), ('centers', snapshot.centers)):
         if wrong := np.sum(~np.isfinite(rows).all(axis=1)):
             notes.append(f'{wrong} of {len(rows)} {what} are not finite')

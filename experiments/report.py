@@ -63,8 +63,8 @@ MEASURES = {
     ),
     'collapsed': (
         'collapsed',
-        'All features coincide: the center loss is near 0, the softmax loss stays at the logarithm of the '
-        'number of classes (2.303 for 10), and the ratio, 0 / 0, is undefined. The remedy is a smaller '
+        'The features tell nothing of the class: the softmax loss stays at the logarithm of the number of classes '
+        '(2.303 for 10), and the ratio is above 2 or, where all features coincide, undefined. The remedy is a smaller '
         'weight of the center loss.',
     ),
     'train_accuracy': (
@@ -79,6 +79,11 @@ MEASURES = {
         'center loss',
         'Mean squared distance of an example to the center of its class, before it is weighted. It may rise '
         'while all goes well: features grow, and distances grow with them. Judge by the ratio.',
+    ),
+    'gradient_norm': (
+        'gradient norm',
+        'Length of the gradient of the whole loss for the parameters of the network, the mean over the steps of an '
+        'epoch. Centers have no part in it.',
     ),
     'center_step_norm': (
         'center step norm',

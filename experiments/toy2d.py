@@ -119,7 +119,8 @@ def draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summ
     """Draws the pictures and writes the page."""
     arms = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     named = {arms[arm]: snapshots for arm, snapshots in history.items()}
-    title = f'{data.name}, {config.model}, {config.epochs} epochs, seed {config.seed}'
+    epochs = 'one epoch' if config.epochs == 1 else f'{config.epochs} epochs'
+    title = f'{data.name}, {config.model}, {epochs}, seed {config.seed}'
     picture, film = run.out / 'features.png', run.out / 'features.gif'
     last = {name: snapshots[-1] for name, snapshots in named.items()}
     figures.draw_features(picture, last, data.class_names, title=title)

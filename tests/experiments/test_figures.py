@@ -100,6 +100,26 @@ def test_classes_are_named_beside_their_points(tmp_path):
             assert label.get_text() == str(nearest)
 
 
+def test_a_name_at_the_edge_does_not_lie_on_the_frame(tmp_path):
+    arm = snapshot(num_classes=2, spread=0.05)
+    figure = draw_features(tmp_path / 'features.png', {'arm': arm}, ['albatross', 'cormorant'], title='')
+    for axes in figure.axes:
+        frame = axes.get_window_extent()
+        for text in (t for t in axes.texts if t.get_visible() and t.get_text()):
+            box = text.get_window_extent().shrunk(0.9, 0.9)
+            assert frame.x0 < box.x0 < box.x1 < frame.x1
+            assert frame.y0 < box.y0 < box.y1 < frame.y1
+
+
+def test_the_title_of_the_animation_stands_apart_from_the_headings(tmp_path):
+    history = {arm: [snapshot()] for arm in ('softmax alone', 'with center loss, weight 1000')}
+    animate_features(tmp_path / 'features.gif', history, DIGITS, title='digits, small, 30 epochs, seed 0')
+    ((picture, _),) = frames(tmp_path / 'features.gif')
+    blank = (picture > 200).all(axis=1)[10:45]  # the title ends there, and the headings begin
+    assert np.convolve(blank, np.ones(6)).max() == 6
+    assert (picture[:, -2:] > 200).all()  # and no heading is cut
+
+
 def test_labels_of_many_classes_do_not_lie_on_each_other(tmp_path):
     names = [f'class with a long name {c}' for c in range(100)]
     figure = draw_features(
@@ -234,12 +254,12 @@ def test_nothing_finite_at_all_is_still_a_picture(tmp_path):
     assert figure.axes[0].get_xlabel() == 'PCA 1'
 
 
-def test_the_animation_has_every_epoch_and_holds_the_last(tmp_path):
+def test_the_animation_has_every_epoch_and_begins_with_the_last_which_it_holds(tmp_path):
     history = {arm: [snapshot(epoch=e, spread=1 / e) for e in range(1, 6)] for arm in ('softmax', 'center')}
     none = dataclasses.replace(history['center'][0], train_features=np.empty((0, 2)), train_labels=np.empty(0, int))
     history['center'][0] = none  # train features of the last epoch are enough
     animate_features(tmp_path / 'features.gif', history, DIGITS, title='through the epochs')
-    assert [duration for _, duration in frames(tmp_path / 'features.gif')] == [150, 150, 150, 150, 2000]
+    assert [duration for _, duration in frames(tmp_path / 'features.gif')] == [2000, 150, 150, 150, 150]
 
 
 def test_a_long_animation_is_thinned_but_keeps_the_first_and_the_last_epoch(tmp_path):
@@ -247,7 +267,7 @@ def test_a_long_animation_is_thinned_but_keeps_the_first_and_the_last_epoch(tmp_
     animate_features(tmp_path / 'long.gif', {'arm': [first, *[middle] * 200, last]}, ['a', 'b'], title='')
     # Epochs that look the same are one picture, shown for as long as all of them.
     pictures, durations = zip(*frames(tmp_path / 'long.gif'), strict=True)
-    assert durations == (150, 150 * (MAX_FRAMES - 2), 2000)
+    assert durations == (2000, 150, 150 * (MAX_FRAMES - 2))
     assert not np.array_equal(pictures[0], pictures[2])
 
 
@@ -255,7 +275,7 @@ def test_windows_of_the_animation_stand_still(tmp_path):
     """What is left of the panel and below it has the same pixels all the time, whatever the points do."""
     history = {'arm': [snapshot(epoch=e, spread=spread) for e, spread in ((1, 3.0), (20, 0.01))]}
     animate_features(tmp_path / 'features.gif', history, DIGITS, title='')
-    (first, _), (last, _) = frames(tmp_path / 'features.gif')
+    (last, _), (first, _) = frames(tmp_path / 'features.gif')
     changed = np.argwhere(first != last)
     assert len(changed) > 500
     assert changed[:, 0].max() < 0.86 * first.shape[0]

@@ -39,6 +39,7 @@ def note_with(dataset, text: str) -> str:
 
 def test_a_folder_of_classes_is_divided_by_class(folder, cache):
     dataset = load(str(folder), cache)
+    assert dataset.name == 'pets'
     assert dataset.class_names == ('cat', 'dog')
     assert dataset.image_shape == (4, 6, 3)
     assert counts(dataset.train).tolist() == [8, 4]
