@@ -36,16 +36,19 @@ def _receive(port: int, count: int, deadline: float, patience: float) -> None:
                     guest, _ = server.accept()
                     guest.settimeout(5)
                     said = _read(guest)
-                except TimeoutError:
+                except OSError:  # nobody has come, or one who has gone again
                     if time.monotonic() < deadline:
                         continue
                     shown = ', '.join(map(str, missing[:8])) + (', ...' if len(missing) > 8 else '')
-                    message = f'of {count} processes these have not come within {patience:g} seconds: {shown}'
+                    late = f'these have not come within {patience:g} seconds: {shown}'
+                    message = f'--num-processes: of {count} processes {late}'
                     for guest in present.values():
                         _answer(guest, message)
-                    raise JoinError(f'--num-processes: {message}') from None
+                    raise JoinError(message) from None
                 index, _, number = said.partition(' of ')
-                if number != str(count):
+                if not index.isdecimal():
+                    _answer(guest, '')
+                elif number != str(count):
                     _answer(guest, f'--num-processes is {number} here and {count} in process 0')
                 elif int(index) in present:
                     _answer(guest, f'--process-id: there is a process {index} already')
@@ -74,7 +77,10 @@ def _come(host: str, port: int, name: str, deadline: float, patience: float) -> 
             time.sleep(0.2)
             continue
         if answer != GO:
-            raise JoinError(answer or f'--coordinator: what answers at {host}:{port} is no process 0 of this run')
+            told = (
+                answer if answer.startswith('--') else f'--coordinator: no process 0 is at {host}:{port}, but another'
+            )
+            raise JoinError(told)
         return
 
 

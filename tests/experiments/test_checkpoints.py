@@ -374,7 +374,6 @@ def some_devices(count: int, **sizes: int) -> Devices:
         (choose('pmap'), some_devices(4)),
         (some_devices(8, data=2, classes=4), some_devices(4, classes=4)),
         (some_devices(4, classes=4), choose('none')),
-        (choose('none'), some_devices(8, classes=8)),
         (some_devices(8, data=2, classes=4), choose('pmap')),
     ],
     ids=lambda devices: f'{len(devices.devices)} by {devices.mesh.shape if devices.mesh else "pmap"}',

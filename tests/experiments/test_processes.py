@@ -62,7 +62,7 @@ def wait_for(path: Path, found: int, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def test_two_processes_are_one_with_the_whole_batch_and_one_goes_on_with_their_run(tmp_path):
+def test_a_run_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
     # The rows of the centers lie over both processes, and 10 are none that 4 devices divide.
     together, alone = tmp_path / 'together', tmp_path / 'alone'
     ends = [finish(process) for process in start_two(*QUICK, '--mesh', 'classes=4', '--out', together)]
@@ -76,16 +76,14 @@ def test_two_processes_are_one_with_the_whole_batch_and_one_goes_on_with_their_r
     assert run(*QUICK, '--parallel', 'none', '--out', alone) == 0
     for got, expected in zip(rows(together), rows(alone), strict=True):
         for name in COLUMNS - {'arm'}:
-            np.testing.assert_allclose(float(got[name]), float(expected[name]), rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(float(got[name]), float(expected[name]), rtol=1e-4, atol=1e-4, err_msg=name)
     for arm in ('softmax', 'center'):
         got, expected = (saved_params(out / 'checkpoints' / arm) for out in (together, alone))
         assert got['centers']['center']['centers'].shape == (10, 2)
         for leaf, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-            # Adam divides gradients by their size, and so the rounding of small ones: a step of it is 3e-3.
-            np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-4)
-
-    assert run(*QUICK, '--epochs', 2, '--parallel', 'none', '--out', together, '--resume') == 0
-    assert [row['epoch'] for row in rows(together)] == ['1', '2', '1', '2']
+            # Adam divides gradients by their size, and so the rounding of small ones: a step of it is 3e-3. What is
+            # owed to 1e-6 is tested by SGD, in tests/test_two_processes.py.
+            np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -195,7 +193,7 @@ def test_processes_meet_in_any_order_and_again_at_the_same_port():
 
 def test_processes_that_have_not_come_are_named_to_those_that_have():
     told = come_together((4, 0), (4, 2))
-    assert told[1] in told[0]
+    assert told[1] == told[0]
     assert 'these have not come within 1 seconds: 1, 3' in told[1]
 
 
@@ -235,8 +233,16 @@ def test_a_port_in_use_is_named():
 def test_another_service_at_the_port_is_named():
     with socket.create_server(('', 0)) as server:
         port = server.getsockname()[1]
-        thread = threading.Thread(target=lambda: server.accept()[0].close())
+
+        def serve() -> None:
+            guest, _ = server.accept()
+            with guest:
+                guest.recv(1000)
+                guest.sendall(b'HTTP/1.1 400 Bad Request\r\n')
+                guest.recv(1)
+
+        thread = threading.Thread(target=serve)
         thread.start()
-        told = come(port, 2, 1)
+        told = come(port, 2, 1, patience=5)
         thread.join()
-    assert 'is no process 0' in told
+    assert 'but another' in told
