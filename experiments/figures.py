@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from experiments.panel import PALETTE, Panel, Snapshot, numbers_of, window_of
@@ -71,7 +72,7 @@ def _figure(
     """An empty figure with `rows` panels [rows, planes] for each plane."""
     columns = len(planes)
     size = (panel_inches * columns, (panel_inches + 0.35) * rows + 0.6)
-    figure = Figure(figsize=size, dpi=dpi, layout='constrained')
+    figure = Figure(figsize=size, dpi=dpi, layout=ConstrainedLayoutEngine(h_pad=0.1))
     figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
     caption = 'White dots are the class centers.'
     if any(plane.dimensions > 2 for plane in planes):
