@@ -108,21 +108,12 @@ def snapshot(epoch: int, state: TrainState, test: Evaluation, num_classes: int) 
 
 def table(summary: dict[str, dict[str, Any]]) -> Table:
     """The results as a terminal shows them."""
-    arms = {arm: arm + (' (collapsed)' if values['collapsed'] else '') for arm, values in summary.items()}
-    # A narrow terminal breaks lines between words and cuts none.
-    rows = Table(
-        Column('arm', min_width=_longest_word(*arms.values())),
-        *(Column(name, min_width=_longest_word(name), justify='right') for name in COLUMNS.values()),
-        pad_edge=False,
-    )
+    # A word a line, so that a narrow terminal cuts none.
+    rows = Table('arm', *(Column(name.replace(' ', '\n'), justify='right') for name in COLUMNS.values()))
     for arm, values in summary.items():
         shown = [f'{values[key]:.{digits}f}' for key, digits in zip(COLUMNS, (4, 4, 4, 1), strict=True)]
-        rows.add_row(arms[arm], *shown)
+        rows.add_row(arm + ('\n(collapsed)' if values['collapsed'] else ''), *shown)
     return rows
-
-
-def _longest_word(*texts: str) -> int:
-    return max(len(word) for text in texts for word in text.split())
 
 
 def draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summary: dict[str, Any], run: Run) -> None:
