@@ -214,7 +214,7 @@ def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
 
 
 def test_all_ways_to_use_the_devices_give_the_same_metrics_for_a_dozen_steps(tmp_path, data_dir):
-    # The epoch has 12. Sums are rounded in another order, which training amplifies: after 60 steps accuracies differ.
+    # The epoch has 12. Sums are rounded in another order, which training amplifies: after 60 losses differ.
     # On 8 devices neither a batch of 125 nor the short last one can be divided, nor can 10 classes on 4.
     ways = {'parallel': 'none'}, {'parallel': 'auto'}, {'parallel': 'pmap'}, {'mesh': 'data=2,classes=4'}
     alone, *runs = [rows(short(tmp_path, data_dir, **way)) for way in ways]
