@@ -115,7 +115,7 @@ def newest(folder: Path) -> int:
 def saved_params(folder: Path | str) -> dict[str, Any]:
     """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy."""
     logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that it will not write
-    with _manager(Path(folder), read_only=True) as manager:
+    with _manager(Path(folder), read_only=True, create=False, save_interval_steps=0) as manager:
         step = manager.latest_step()
         if step is None:
             raise RunError(f'{folder} holds no save; name a folder such as runs/toy2d/checkpoints/center')

@@ -25,6 +25,13 @@ def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
     divided = all(root.is_dir() and _classes(root) for root in roots.values())
     splits = {split: _classes(root) for split, root in roots.items()} if divided else {'train': _classes(folder)}
     train = splits['train']
+    alone = [split for split, root in roots.items() if not divided and not train and root.is_dir() and _classes(root)]
+    if alone:
+        (missing,) = roots.keys() - alone
+        raise DataError(
+            f'{folder} has images of classes in {alone[0]}/, but none in {missing}/.\n'
+            f'Add {missing}/class/*.png|jpg|jpeg, or name {folder / alone[0]}, of which a fifth is then held out.'
+        )
     if len(train) < 2:
         found = f'only {next(iter(train))}/' if train else 'none'
         raise DataError(

@@ -19,9 +19,10 @@ import tensorflow_datasets as tfds
 
 from experiments.copies import DataError, find, lock
 
-# How long the first answer to a download may take, in seconds: long enough for a slow proxy, and short enough
-# for the error to be there within 20. What has begun to arrive may take as long as it likes.
-PATIENCE = 10.0
+# How long the first answer to a download may take, in seconds: long enough for a slow proxy, and short enough for the
+# error to be there within 20, of which TensorFlow's import takes up to 8. What has begun to arrive may take as long as
+# it likes.
+PATIENCE = 6.0
 
 
 def public(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

@@ -108,10 +108,11 @@ def snapshot(epoch: int, state: TrainState, test: Evaluation, num_classes: int) 
 
 def table(summary: dict[str, dict[str, Any]]) -> Table:
     """The results as a terminal shows them."""
-    rows = Table('arm', *(Column(name, justify='right') for name in COLUMNS.values()))
+    # A word a line, so that a narrow terminal cuts none.
+    rows = Table('arm', *(Column(name.replace(' ', '\n'), justify='right') for name in COLUMNS.values()))
     for arm, values in summary.items():
         shown = [f'{values[key]:.{digits}f}' for key, digits in zip(COLUMNS, (4, 4, 4, 1), strict=True)]
-        rows.add_row(arm + (' (collapsed)' if values['collapsed'] else ''), *shown)
+        rows.add_row(arm + ('\n(collapsed)' if values['collapsed'] else ''), *shown)
     return rows
 
 

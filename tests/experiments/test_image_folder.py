@@ -65,6 +65,14 @@ def test_train_and_test_folders_are_taken_as_they_are(tmp_path, cache, suffix):
     assert ((images[..., 0].mean(axis=(1, 2)) > 250) == (labels == 0)).all()
 
 
+@pytest.mark.parametrize(('there', 'missing'), [('train', 'test'), ('test', 'train')])
+def test_a_split_without_the_other_is_an_error_that_names_the_missing_one(tmp_path, cache, there, missing):
+    for name in ('a', 'b'):
+        write(tmp_path / 'own' / there / name / '0.png', (0, 0, 255))
+    with pytest.raises(DataError, match=f'none in {missing}/'):
+        load(str(tmp_path / 'own'), cache)
+
+
 def test_classes_named_train_and_test_are_classes(tmp_path, cache):
     for name in ('train', 'test'):
         for number in range(2):

@@ -61,7 +61,7 @@ def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_d
     first = printed.splitlines()[0]
     assert all(name in first for name in ('1 x cpu', 'jax', 'flax', 'optax'))
     assert 'steps/s' in printed
-    assert 'intra/inter ratio' in printed
+    assert 'intra/inter' in printed
 
     config = strict(out / 'config.json')
     assert config['epochs'] == 2
@@ -213,7 +213,8 @@ def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
     assert float(center['center_step_norm']) > 0
 
 
-def test_all_ways_to_use_the_devices_give_the_same_metrics(tmp_path, data_dir):
+def test_all_ways_to_use_the_devices_give_the_same_metrics_for_a_dozen_steps(tmp_path, data_dir):
+    # The epoch has 12. Sums are rounded in another order, which training amplifies: after 60 losses differ.
     # On 8 devices neither a batch of 125 nor the short last one can be divided, nor can 10 classes on 4.
     ways = {'parallel': 'none'}, {'parallel': 'auto'}, {'parallel': 'pmap'}, {'mesh': 'data=2,classes=4'}
     alone, *runs = [rows(short(tmp_path, data_dir, **way)) for way in ways]
