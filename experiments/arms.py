@@ -68,7 +68,6 @@ class Job:
 
     def start(self, data: Dataset) -> None:
         """Begins the run, or goes on with it, on this data."""
-        self.settings.check_data(len(data.train), data.image_shape)
         self.data = data
         self.steps = -(-len(data.train) // self.settings.batch_size)  # of an epoch
         facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}
@@ -78,6 +77,7 @@ class Job:
             if newest(self.run.out / CHECKPOINTS) > self.settings.epochs * self.steps:
                 epochs, out = self.settings.epochs, self.run.out
                 raise RunError(f'--epochs is {epochs}, but the run in {out} has been trained for more')
+        self.settings.check_data(len(data.train), data.image_shape)
         self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings})
 
     def _check_centers(self) -> None:

@@ -15,6 +15,9 @@ from experiments.where import Where
 # Beyond it a number is infinite in float32, in which all is computed.
 LARGEST = float(np.finfo(np.float32).max)
 
+# A set may be smaller than a batch, which is filled up then. Beyond this size that would only cost memory.
+FILLED_UP = 1024
+
 
 def flag(name: str) -> str:
     return '--' + name.replace('_', '-')
@@ -79,7 +82,7 @@ class Common:
                 f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs '
                 f'{smallest}x{smallest} or more; pass --image-size {smallest} or more'
             )
-        if self.batch_size > train_examples:
+        if self.batch_size > max(train_examples, FILLED_UP):
             raise DataError(
                 f'--batch-size is {self.batch_size}, but {self.dataset} has only {train_examples} train examples; '
                 'give that many or fewer'

@@ -41,18 +41,18 @@ def test_every_torch_arm_runs(arm):
 
 def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys):
     out = tmp_path / 'a b'
-    sizes = {'batch_sizes': (16, 64), 'classes': (8, 24), 'feature_dim': 4, 'rounds': 1}
+    sizes = {'batch_sizes': (16,), 'classes': (8, 24), 'feature_dim': 4, 'rounds': 1}
     benchmark.main(benchmark.Config(**sizes, allocator='default', out=out))
     with (out / 'benchmark.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     measured = {(row['allocator'], row['arm'], row['batch_size'], row['num_classes']) for row in rows}
     for arm in jax_arms.arms():
-        assert {('default', arm, b, c) for b in ('16', '64') for c in ('8', '24')} <= measured
+        assert {('default', arm, '16', c) for c in ('8', '24')} <= measured
     assert all(
         0 < float(row['low_seconds']) <= float(row['step_seconds']) <= float(row['high_seconds']) for row in rows
     )
     with Image.open(out / 'benchmark.png') as picture:
-        assert picture.width > 600
+        assert picture.width > 500
     shown = capsys.readouterr().out
     assert 'GB/s' in shown
     assert 'PyTorch' in shown

@@ -76,6 +76,7 @@ def test_a_run_compares_both_arms_over_the_seeds(whole):
     assert 'AUROC of unknown classes' in page
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_its_second_seed_goes_on_and_ends_alike(whole, tmp_path, monkeypatch, capsys):
     flags = (*QUICK, '--out', tmp_path / 'run', '--resume')
     start = Progress.start
