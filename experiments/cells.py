@@ -25,10 +25,10 @@ from experiments.batches import train_batches
 from experiments.data import load
 from experiments.devices import choose
 from experiments.evaluation import evaluate
-from experiments.history import save_snapshot
+from experiments.history import load_snapshot, save_snapshot
 from experiments.models import Classifier
 from experiments.open_set import divide
-from experiments.runs import write_json
+from experiments.runs import RunError, write_json
 from experiments.settings import Common
 from experiments.stopping import Stop
 from experiments.toy2d import sample, snapshot
@@ -50,6 +50,16 @@ class Cell(NamedTuple):
         """The measures of a cell that is done."""
         values = json.loads(self.path(folder).read_text(encoding='utf-8'))
         return {key: float('nan') if value is None else value for key, value in values.items()}
+
+    def done(self, folder: Path) -> bool:
+        """Whether the cell is there and whole."""
+        try:
+            self.read(folder)
+            if self.feature_dim == 2:
+                load_snapshot(self.path(folder).with_suffix('.npz'))
+        except (FileNotFoundError, ValueError, RunError):
+            return False
+        return True
 
 
 class Task(NamedTuple):

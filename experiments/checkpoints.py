@@ -5,6 +5,7 @@ nothing of devices and can be read back on any number of them. Beside them are t
 sums over the part of the epoch that is done. Nothing else is random or remembered.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -48,17 +49,13 @@ class Checkpoints:
         self._last, self._calls = time.monotonic(), 0
 
     def __enter__(self) -> 'Checkpoints':
-        # Of many reads at once one meets the damage, and Orbax forgets the others: each would print a traceback.
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._unless_forgotten
+        self._quiet = _quiet()
+        self._quiet.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *exception) -> None:
         self._manager.close()
-        sys.unraisablehook = self._hook
-
-    def _unless_forgotten(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != 'Event loop is closed':
-            self._hook(unraisable)
+        self._quiet.__exit__(*exception)
 
     def due(self) -> bool:
         wanted = time.monotonic() - self._last >= self._every
@@ -98,8 +95,7 @@ class Checkpoints:
             except RunError:
                 raise
             except Exception as error:  # whatever a damaged file leads to, in Orbax or in what is below it
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                tell(f'{self._folder / str(step)} is damaged; it is left out ({reason})')
+                tell(f'{self._folder / str(step)} is damaged; it is left out ({_reason(error)})')
                 self._manager.delete(step)
                 continue
             batches.set_state(rest['position'])
@@ -119,13 +115,43 @@ def saved_params(folder: Path | str) -> dict[str, Any]:
         step = manager.latest_step()
         if step is None:
             raise RunError(f'{folder} holds no save; name a folder such as runs/toy2d/checkpoints/center')
-        return _read(manager, step)[0]['params']
+        try:
+            with _quiet():
+                return _read(manager, step)[0]['params']
+        except Exception as error:
+            raise RunError(
+                f'{Path(folder) / str(step)} is damaged ({_reason(error)}); remove report.html of its run and give '
+                "the run's line again with --resume, which makes the save anew"
+            ) from error
 
 
 def keep_network(params: Any, saved: Any) -> Any:
     """`params` of a new network with each array of the `saved` one that has the same name and shape."""
     old = {(name, leaf.shape): leaf for name, leaf in _named(saved)}
     return jax.tree_util.tree_map_with_path(lambda path, new: old.get((_name(path), new.shape), new), params)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Of many reads at once one meets the damage, and Orbax forgets the others: each would print a traceback."""
+
+    def unless_forgotten(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unless_forgotten
+    log = logging.getLogger('asyncio')
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:

@@ -1,6 +1,7 @@
 """What the pictures show of each epoch, kept in a file an epoch, so that a run that was stopped has its whole film."""
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,9 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def load_snapshot(path: Path) -> Snapshot:
-    with np.load(path) as arrays:
-        values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-    return Snapshot(**values)
+    try:
+        with np.load(path) as arrays:
+            values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+        return Snapshot(**values)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f'{path} is damaged ({error}); pass --overwrite to start the run anew') from error

@@ -147,7 +147,9 @@ def pictured(config: Config) -> list[Cell]:
 
 def train(config: Config, cells: Sequence[Cell], folder: Path, console: Console) -> None:
     """Trains the cells that are not done yet."""
-    left = [cell for cell in cells if not cell.path(folder).exists()]
+    left = [cell for cell in cells if not cell.done(folder)]
+    for damaged in (path for cell in left if (path := cell.path(folder)).exists()):
+        console.print(f'{damaged} is damaged; it is done again', highlight=False, soft_wrap=True)
     if len(left) < len(cells):
         console.print(f'{len(cells) - len(left)} of {len(cells)} cells are done already', highlight=False)
     task = Task(config, config.held_out, config.similarity, folder)

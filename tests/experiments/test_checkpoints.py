@@ -25,6 +25,7 @@ from experiments import checkpoints, cli, toy2d
 from experiments.batches import train_batches
 from experiments.checkpoints import Checkpoints
 from experiments.devices import Devices, choose, over_mesh
+from experiments.history import load_snapshot
 from experiments.models import Classifier
 from experiments.progress import Progress
 from experiments.runs import RunError
@@ -328,6 +329,13 @@ def test_a_damaged_or_unfinished_latest_save_is_named_and_the_one_before_it_used
     shutil.copytree(tmp_path / 'others' / '2', folder / '2')
     found, said = restore(folder, saved, one_device)
     assert (said, found[1].steps) == ([], 2)
+
+
+def test_a_damaged_snapshot_is_named(tmp_path):
+    path = tmp_path / 'center-2.npz'
+    path.write_bytes(b'PK')
+    with pytest.raises(RunError, match=r'center-2\.npz is damaged.*--overwrite'):
+        load_snapshot(path)
 
 
 def test_if_no_save_is_whole_each_is_named_and_the_run_starts(tmp_path, saved, one_device):

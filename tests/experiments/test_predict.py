@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,18 @@ def test_what_cannot_be_labelled_is_one_line_that_says_why_and_exit_code_2(train
     assert len(error.splitlines()) == 1
     assert all(word in error for word in named)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_damaged_save_is_one_line_that_says_how_to_make_it_anew(trained, tmp_path, capsys):
+    broken = tmp_path / 'run'
+    shutil.copytree(trained, broken)
+    for path in (broken / 'checkpoints' / 'center').glob('*/state/**/d/*'):
+        path.write_bytes(path.read_bytes()[:50])
+    capsys.readouterr()
+    assert run('--run', broken, '--images', 'digits:test', '--out', tmp_path / 'out') == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert 'is damaged' in error
+    assert '--resume' in error
 
 
 def test_predictions_in_a_folder_of_ones_own_are_replaced_only_if_they_may_be(trained, tmp_path, capsys):

@@ -61,10 +61,12 @@ def test_a_sweep_goes_on_where_it_was_and_does_no_cell_twice(whole, tmp_path, ca
     shutil.copytree(whole, out)
     (out / 'report.html').unlink()
     first, *others = sorted((out / 'cells').glob('*.json'))
-    first.unlink()
+    first.write_bytes(first.read_bytes()[:20])
     before = {path: path.stat().st_mtime_ns for path in others}
     assert run(*FLAGS, '--out', out, '--resume', '--workers', 1) == 0
-    assert '3 of 4 cells are done already' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert '3 of 4 cells are done already' in said
+    assert f'{first} is damaged' in said.replace('\n', '')
     assert {path: path.stat().st_mtime_ns for path in others} == before
     assert table(out) == table(whole)
     assert run(*FLAGS, '--out', out, '--resume') == 0
