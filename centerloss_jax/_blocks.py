@@ -39,7 +39,8 @@ def _add_in_blocks(table: Array, indices: Array, values: Array, scale: Array) ->
         groups = group_rows(jnp.where(again, MISTAKE, block(indices)))
         return add_rows(table, groups.indices, groups.sum(block(scale)[:, None] * block(values)).astype(table.dtype))
 
-    return jax.lax.fori_loop(0, -(-indices.shape[0] // size), add_block, table)
+    # The first block stands before the loop, whose carry then varies over the devices of a shard_map as the rows do.
+    return jax.lax.fori_loop(1, -(-indices.shape[0] // size), add_block, add_block(0, table))
 
 
 def squared_norm_of_sums(order: Array, group: Array, values: Array, scale: Array) -> Array:
@@ -63,9 +64,6 @@ def squared_norm_of_sums(order: Array, group: Array, values: Array, scale: Array
         total += jnp.sum(jnp.square(sums)) + 2 * jnp.sum(before * sums[0])
         return total, sums.at[0].add(before)[of_row[-1] - of_row[0]], of_row[-1]
 
-    begun = (
-        jnp.zeros([], values.dtype),
-        jnp.zeros_like(values, shape=values.shape[1:]),
-        jnp.full_like(group, -1, shape=[]),
-    )
+    # Of no rows, and so varying over the devices of a shard_map as the rows do.
+    begun = jnp.sum(values[:0]), jnp.sum(values[:0], axis=0), jnp.min(group[:0], initial=-1)
     return jax.lax.fori_loop(0, order.shape[0] // size, add_block, begun)[0]

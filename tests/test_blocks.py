@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from updates import move
 
 import centerloss_jax as clj
 from centerloss_jax._blocks import BLOCK
@@ -99,3 +100,24 @@ def test_temporaries_do_not_depend_on_the_number_of_classes():
     few, many = memory(1000), memory(1_000_000)
     assert few.temp_size_in_bytes == many.temp_size_in_bytes < 3 * 4096 * 512 * 4
     assert many.alias_size_in_bytes >= 1_000_000 * 512 * 4
+
+
+def test_devices_with_tables_of_their_own_under_the_replication_check():
+    tables = jnp.arange(8.0)[:, None, None] + jnp.ones((8, 3, 2))
+    x, labels = jnp.zeros((8 * SIZES[0], 2)), jnp.arange(8 * SIZES[0]) % 3
+    mesh = jax.make_mesh((8,), ('data',), (jax.sharding.AxisType.Auto,))
+
+    def own(tables, x, labels):
+        moved, state = move(tables[0], clj.center_rows(x, tables[0], labels))
+        return moved[None], state.step_norm[None]
+
+    def from_one(table, x, labels):
+        return move(table, clj.center_rows(x, table, labels))[0][None]
+
+    split = jax.P('data')
+    moved, norms = jax.shard_map(own, mesh=mesh, in_specs=split, out_specs=split)(tables, x, labels)
+    left = 1 - 0.5 * np.bincount(labels[: SIZES[0]]) / (1 + np.bincount(labels[: SIZES[0]]))
+    np.testing.assert_allclose(moved, left[:, None] * np.asarray(tables), rtol=1e-2)
+    np.testing.assert_allclose(norms, np.linalg.norm(tables - moved, axis=(1, 2)), rtol=1e-5)
+    shared = jax.shard_map(from_one, mesh=mesh, in_specs=(jax.P(), split, split), out_specs=split)
+    chex.assert_trees_all_close(shared(tables[0], x, labels)[0], moved[0])
