@@ -61,14 +61,13 @@ class RowUpdates:
         table = check_table(table, 'the table')
         indices, values = checked(dataclasses.replace(self, scale=None), table)
         indices = jnp.where(indices < 0, table.shape[0], indices)
-        if self.scale is not None and wide(table.dtype) == table.dtype:
-            return add_scaled_rows(table, indices, values, jnp.asarray(self.scale))
-        values = scaled(self.scale, values)
         if wide(table.dtype) == table.dtype:
+            if self.scale is not None:
+                return add_scaled_rows(table, indices, values, jnp.asarray(self.scale))
             return add_rows(table, indices, values.astype(table.dtype))
         # In a narrow dtype each addition rounds: sum a class's rows first, in float32, and round once.
         groups = group_rows(indices)
-        values = groups.sum(values)
+        values = groups.sum(scaled(self.scale, values))
         old = take_rows(table, jnp.where(groups.indices < table.shape[0], groups.indices, 0))
         return set_rows(table, groups.indices, (old + values).astype(table.dtype))
 

@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 
 from experiments import processes
-from experiments.batches import train_batches
+from experiments.batches import steps_of, train_batches
 from experiments.checkpoints import RECIPE, Checkpoints, newest
 from experiments.data import Dataset, load
 from experiments.models import Classifier
@@ -69,7 +69,7 @@ class Job:
     def start(self, data: Dataset) -> None:
         """Begins the run, or goes on with it, on this data."""
         self.data = data
-        self.steps = -(-len(data.train) // self.settings.batch_size)  # of an epoch
+        self.steps = steps_of(data.train, self.settings.batch_size)
         facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}
         if self.run.resumed:
             self._check_centers()

@@ -18,17 +18,22 @@ Batch = tuple[np.ndarray, np.ndarray]  # images [B, H, W, K] uint8, labels [B] i
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
+def steps_of(split: Split | LazySplit, batch_size: int) -> int:
+    """Batches of an epoch."""
+    return -(-len(split) // batch_size)
+
+
 def train_batches(
     split: Split | LazySplit, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
     """Batches without end, in another order each epoch; `get_state` and `set_state` continue exactly.
 
-    An epoch has ceil(N / batch_size) batches. The last one is filled up with zeros and the label -1, so that
+    The last batch of an epoch is filled up with zeros and the label -1, so that
     shapes never change. `batch_size` is that of all processes together: each one gets its share of the same
     batches, `batch_size / process_count` examples, so that their number does not change what a run sees.
     """
     own, size = _part(batch_size, process_index, process_count)
-    steps = -(-len(split) // batch_size)
+    steps = steps_of(split, batch_size)
     orders = grain.MapDataset.range(1).seed(seed).random_map(lambda _, rng: rng.permutation(len(split))).repeat()
     order = functools.lru_cache(maxsize=2)(orders.__getitem__)  # by epoch; threads may be in two of them
 

@@ -4,10 +4,8 @@ A step is the loss, its gradient for the features, and the centers moved. Writes
 --out. PyTorch takes part if it is installed. On several devices each layout of the table has an arm.
 """
 
-import csv
 import dataclasses
 import gc
-import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +19,15 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from experiments import cli, jax_arms, torch_arms
-from experiments.batches import train_batches
+from experiments.batches import steps_of, train_batches
 from experiments.benchmark_figure import draw
 from experiments.data import load
 from experiments.devices import choose
-from experiments.files import write_text
+from experiments.files import write_table
 from experiments.jax_arms import Arm, Cell
 from experiments.models import Classifier
-from experiments.runs import environment, in_a_line
+from experiments.runs import check_folder, environment, in_a_line
+from experiments.settings import flag
 from experiments.timing import Timing, bandwidth, keep_freed_memory, measure
 from experiments.training import create_state, train_epoch, train_step
 
@@ -56,14 +55,15 @@ class Config:
     def __post_init__(self):
         for name in ('batch_sizes', 'classes'):
             if min(getattr(self, name), default=0) < 1:
-                raise ValueError(f'--{name.replace("_", "-")} must be numbers of 1 or more, got {getattr(self, name)}')
+                raise ValueError(f'{flag(name)} must be numbers of 1 or more, got {getattr(self, name)}')
         for name in ('feature_dim', 'rounds'):
             if getattr(self, name) < 1:
-                raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(self, name)}')
+                raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
 
 
 def main(config: Config) -> None:
     console = Console()
+    check_folder(config.out)  # before ten minutes are spent
     tell = partial(console.print, highlight=False, soft_wrap=True)
     tell(in_a_line(environment(choose('auto'))))
     torch = torch_arms.installed()
@@ -82,7 +82,8 @@ def main(config: Config) -> None:
         console.print(table(measured))
         rows += measured
     rows += toy(config, torch, console)
-    write_csv(config.out / 'benchmark.csv', rows)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_table(config.out / 'benchmark.csv', rows)
     draw(config.out / 'benchmark.png', rows)
     tell(f'{config.out / "benchmark.csv"} has all figures, and benchmark.png beside it the picture')
 
@@ -132,29 +133,31 @@ def measure_one(
 def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
     """The whole training step of the toy, network and optimizers included, in both libraries; and the loop around ours.
 
-    The loop reads batches, keeps metrics and shows progress, as `experiments.toy2d` does between two evaluations.
+    The loop reads batches and keeps metrics, as `experiments.toy2d` does between two evaluations.
     """
     data, devices = load('digits'), choose('none')
-    batches, batch_size = train_batches(data.train, 32, seed=0), 32
+    batch_size = 32
+    batches = train_batches(data.train, batch_size, seed=0)
     images, labels = next(batches)
     state = create_state(Classifier('small', 2, data.num_classes), data.image_shape, 0, 3e-3, 0.5, devices)
     step, weight = devices.compile(train_step), devices.place_state(np.float32(0.1))
     batch = devices.place_batch(images, labels)
 
-    def steps():
+    def bare():
         nonlocal state
         while True:
             state, metrics = step(state, *batch, weight)
             yield jax.block_until_ready((state, metrics))
 
-    arms = {'centerloss_jax': Arm(steps())}
+    arms = {'centerloss_jax': Arm(bare())}
     if torch:
         arms['torch'] = torch_arms.toy(torch, images, labels, data.num_classes, 3e-3)
     timings = {name: measure(arm.steps, config.rounds) for name, arm in arms.items()}
     seconds = []
     for _ in range(config.rounds):
-        number = -(-len(data.train) // batch_size)
-        state, metrics = train_epoch(state, step, batches, number, weight, devices, lambda *_: None)
+        state, metrics = train_epoch(
+            state, step, batches, steps_of(data.train, batch_size), weight, devices, lambda *_: None
+        )
         seconds.append(1 / metrics['steps_per_second'])
     timings['the loop around it'] = Timing.of(seconds)
     shown = Table('training step of the toy, B=32', Column('ms', justify='right'), Column('x ours', justify='right'))
@@ -197,15 +200,6 @@ def peers(rows: list[dict[str, Any]]) -> list[float]:
         if row['arm'].startswith('torch') and row['batch_size'] >= 4096:
             theirs[cell_of(row)] = min(row['step_seconds'], theirs.get(cell_of(row), math.inf))
     return [seconds / ours[cell] for cell, seconds in theirs.items()]
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
 
 
 if __name__ == '__main__':

@@ -4,8 +4,6 @@ A cell that is done is a file, so that a sweep that was stopped goes on with the
 with one compiled step, since to start JAX and to compile takes longer than a cell of the digits.
 """
 
-import dataclasses
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,14 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.batches import train_batches
+from experiments.batches import steps_of, train_batches
 from experiments.data import load
 from experiments.devices import choose
 from experiments.evaluation import evaluate
 from experiments.history import load_snapshot, save_snapshot
 from experiments.models import Classifier
 from experiments.open_set import divide
-from experiments.runs import RunError, write_json
+from experiments.runs import RunError, read_json, write_json
 from experiments.settings import Common
 from experiments.stopping import Stop
 from experiments.toy2d import sample, snapshot
@@ -48,7 +46,7 @@ class Cell(NamedTuple):
 
     def read(self, folder: Path) -> dict[str, Any]:
         """The measures of a cell that is done."""
-        values = json.loads(self.path(folder).read_text(encoding='utf-8'))
+        values = read_json(self.path(folder))
         return {key: float('nan') if value is None else value for key, value in values.items()}
 
     def done(self, folder: Path) -> bool:
@@ -139,15 +137,14 @@ def _train(cell: Cell) -> None:
     model = _model(cell.feature_dim)
     state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
     batches = train_batches(known.train, settings.batch_size, cell.seed)
-    steps = -(-len(known.train) // settings.batch_size)
+    steps = steps_of(known.train, settings.batch_size)
     weight = devices.place_state(np.float32(cell.center_weight))
     for _ in range(settings.epochs):
         state, _ = train_epoch(state, step, batches, steps, weight, devices, lambda *_: None)
     values, _, _ = judge(state, parts, _task.similarity, devices)
     if cell.feature_dim == 2:
         train, test = (evaluate(state, split, devices) for split in (sample(known.train), known.test))
-        shown = snapshot(settings.epochs, state, test, known.num_classes)
-        shown = dataclasses.replace(shown, train_features=train.features, train_labels=train.labels)
+        shown = snapshot(settings.epochs, state, test, known.num_classes, train)
         save_snapshot(cell.path(_task.folder).with_suffix('.npz'), shown)
     # The file says that the cell is done, so it comes last.
     write_json(cell.path(_task.folder), {**cell._asdict(), **values, 'train_seconds': time.perf_counter() - begun})

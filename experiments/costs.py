@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from experiments import cli
 from experiments.devices import mesh_sizes
+from experiments.settings import flag
 
 GIB, MIB = 2**30, 2**20
 
@@ -66,7 +67,7 @@ class Config:
     def __post_init__(self):
         for name in ('num_classes', 'num_features', 'batch_size', 'itemsize'):
             if getattr(self, name) < 1:
-                raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(self, name)}')
+                raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
         for mesh in self.meshes:
             mesh_sizes(mesh)
 

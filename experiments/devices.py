@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
 
-MODES = ('auto', 'pmap', 'none')
 AXES = ('data', 'classes')
 
 

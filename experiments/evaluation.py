@@ -33,18 +33,30 @@ class Evaluation:
     softmax_loss: float  # mean cross-entropy
     intra_inter_ratio: float  # NaN where all features coincide
 
+    def measures(self) -> dict[str, float]:
+        """What metrics and summaries tell of a test set, by the names that they have there."""
+        return {
+            'test_accuracy': self.accuracy,
+            'nearest_center_accuracy': self.nearest_center_accuracy,
+            'intra_inter_ratio': self.intra_inter_ratio,
+        }
+
     def collapsed(self, num_classes: int) -> bool:
         """Whether the features tell nothing of the class. Where all coincide the ratio is not a number."""
         at_chance = not self.softmax_loss < COLLAPSED_LOSS * math.log(num_classes)
         return at_chance and not self.intra_inter_ratio < COLLAPSED_RATIO
 
 
+def centers_of(state: TrainState) -> np.ndarray:
+    """The centers of one copy of a state, [C, D]."""
+    return np.asarray(jax.device_get(state.params['centers']['center']['centers']))
+
+
 def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> Evaluation:
     """Evaluates one copy of a state over a whole split."""
     features, logits, labels = embed(state, split, devices)
-    centers = jax.device_get(state.params['centers']['center']['centers'])
-    distances, measures = jax.device_get(_measure(features, logits, labels, centers))
-    return Evaluation(features, labels, distances, **{name: float(value) for name, value in measures.items()})
+    distances, values = jax.device_get(_measure(features, logits, labels, centers_of(state)))
+    return Evaluation(features, labels, distances, **{name: float(value) for name, value in values.items()})
 
 
 def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -62,8 +74,7 @@ def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tupl
 
 def nearest(state: TrainState, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The classes of the nearest centers of one copy of a state, and the distances to them."""
-    centers = jax.device_get(state.params['centers']['center']['centers'])
-    classes, squared_distances = jax.device_get(clj.nearest_center(features, centers))
+    classes, squared_distances = jax.device_get(clj.nearest_center(features, centers_of(state)))
     return classes, np.sqrt(squared_distances)
 
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
+from experiments.devices import choose
 
 ALPHA = 0.5
 
@@ -54,7 +55,29 @@ def step(table, state, x, labels, axis_name=None, mesh=None):
     return optax.apply_updates(table, updates), state, loss, gradient
 
 
-def _arm(compiled: Any, table: Any, state: Any, batch: Any) -> Arm:
+def one_device(cell: Cell) -> Arm:
+    table = jnp.ones((cell.num_classes, cell.feature_dim))
+    state = clj.center_update().init(table)
+    return _arm(jax.jit(step, donate_argnums=0), table, state, jax.device_put(cell.batch()))
+
+
+def all_devices(cell: Cell, parallel: str, *, by_rows: bool = False) -> Arm:
+    """Over the devices as `experiments` lays a batch and a state out; the table by rows if it is to be."""
+    devices = choose(parallel)
+    table = jnp.ones((cell.num_classes, cell.feature_dim))
+    state = devices.place_state(clj.center_update().init(table))
+    if by_rows:
+        assert devices.mesh is not None
+        table = clj.shard_centers(table, NamedSharding(devices.mesh, P('data', None)))
+    else:
+        table = devices.place_state(table)
+    whole = step if devices.mesh is None else partial(step, mesh=devices.mesh)
+    return _arm(devices.compile(whole), table, state, devices.place_batch(*cell.batch()))
+
+
+def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
+    compiled = jitted.lower(table, state, *batch).compile()
+
     def steps():
         nonlocal table, state
         while True:
@@ -65,47 +88,11 @@ def _arm(compiled: Any, table: Any, state: Any, batch: Any) -> Arm:
     return Arm(steps(), compiled.memory_analysis().temp_size_in_bytes, cost.get('bytes accessed'))
 
 
-def _compile(jitted: Any, table: Any, batch: Any, state: Any = None) -> Arm:
-    state = clj.center_update().init(table) if state is None else state
-    return _arm(jitted.lower(table, state, *batch).compile(), table, state, batch)
-
-
-def one_device(cell: Cell) -> Arm:
-    table = jnp.ones((cell.num_classes, cell.feature_dim))
-    return _compile(jax.jit(step, donate_argnums=(0, 1)), table, jax.device_put(cell.batch()))
-
-
-def _mesh(cell: Cell, by_rows: bool) -> Arm:
-    mesh = jax.make_mesh((jax.device_count(),), ('data',), (AxisType.Auto,))
-    layout = NamedSharding(mesh, P('data', None) if by_rows else P())
-    table = clj.shard_centers(jnp.ones((cell.num_classes, cell.feature_dim)), layout)
-    state = jax.device_put(clj.center_update().init(table), NamedSharding(mesh, P()))
-    batch = jax.device_put(cell.batch(), NamedSharding(mesh, P('data')))
-    return _compile(jax.jit(partial(step, mesh=mesh), donate_argnums=(0, 1)), table, batch, state)
-
-
-def replicated(cell: Cell) -> Arm:
-    return _mesh(cell, by_rows=False)
-
-
-def by_rows(cell: Cell) -> Arm:
-    return _mesh(cell, by_rows=True)
-
-
-def pmapped(cell: Cell) -> Arm:
-    devices = jax.device_count()
-    mesh = jax.make_mesh((devices,), ('data',), (AxisType.Auto,))
-    spread = NamedSharding(mesh, P('data'))
-    table = jax.device_put(np.ones((devices, cell.num_classes, cell.feature_dim), np.float32), spread)
-    state = jax.device_put(
-        jax.tree.map(lambda a: np.zeros((devices,), a.dtype), clj.center_update().init(table)), spread
-    )
-    batch = jax.device_put(tuple(a.reshape(devices, -1, *a.shape[1:]) for a in cell.batch()), spread)
-    mapped = jax.pmap(partial(step, axis_name='data'), 'data', donate_argnums=(0, 1))
-    return _compile(mapped, table, batch, state)
-
-
 def arms() -> dict[str, Any]:
     """What this machine can measure; with one device there is one layout."""
-    several = {'mesh, replicated': replicated, 'mesh, by rows': by_rows, 'pmap': pmapped}
+    several = {
+        'mesh, replicated': partial(all_devices, parallel='auto'),
+        'mesh, by rows': partial(all_devices, parallel='auto', by_rows=True),
+        'pmap': partial(all_devices, parallel='pmap'),
+    }
     return {'centerloss_jax': one_device, **(several if jax.device_count() > 1 else {})}

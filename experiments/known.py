@@ -1,13 +1,12 @@
 """What a trained run knows: its classes, and how far from the nearest center an image is still one of theirs."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments.runs import KNOWN, RunError, write_json
+from experiments.runs import KNOWN, RunError, read_json, write_json
 
 # Share of the held-out examples of known classes that are accepted.
 ACCEPTED = 0.95
@@ -29,6 +28,6 @@ def read_known(out: Path) -> tuple[tuple[str, ...], dict[str, float]]:
     path = out / KNOWN
     if not path.exists():
         raise RunError(f'{out} holds no finished run; name the --out of one, or finish it with --resume')
-    known = json.loads(path.read_text(encoding='utf-8'))
+    known = read_json(path)
     reach = {arm: math.nan if distance is None else distance for arm, distance in known['reach'].items()}
     return tuple(known['class_names']), reach

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import simple_parsing
-from PIL import Image
 from rich.console import Console
 
 from experiments import cli
@@ -26,7 +25,7 @@ from experiments.image_folder import open_image
 from experiments.known import read_known
 from experiments.models import Classifier
 from experiments.runs import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
-from experiments.splits import MODES, Split
+from experiments.splits import Split, pixels
 from experiments.training import create_state
 
 UNKNOWN = 'unknown'
@@ -107,7 +106,7 @@ def _images(config: Config, image_shape: list[int]) -> tuple[list[str], Split]:
         paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
         if not paths:
             raise DataError(f'{folder} holds no *.png, *.jpg or *.jpeg')
-        images = np.stack([_pixels(path, (width, height), channels) for path in paths])
+        images = np.stack([_read(path, (height, width, channels)) for path in paths])
         return [str(path.relative_to(folder)) for path in paths], _unlabelled(images)
     dataset, colon, part = config.images.rpartition(':')
     if not colon or part not in ('train', 'test'):
@@ -125,15 +124,12 @@ def _unlabelled(images: np.ndarray) -> Split:
     return Split(images, np.full(len(images), -1, np.int32))
 
 
-def _pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     try:
         image, _ = open_image(path)
     except Exception as error:  # Pillow raises some ten types for files that it cannot read
         raise DataError(f'{path} cannot be read; repair or remove it: {error}') from error
-    image = image.convert(MODES[channels])
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(*size[::-1], channels)
+    return pixels(image, image_shape)
 
 
 if __name__ == '__main__':

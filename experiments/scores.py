@@ -10,7 +10,6 @@ from sklearn.metrics import auc, roc_auc_score, roc_curve
 from sklearn.metrics.pairwise import cosine_similarity, euclidean_distances
 
 FARS = (0.1, 0.01, 0.001)
-SIMILARITIES = ('cosine', 'euclidean')
 
 
 class Roc(NamedTuple):

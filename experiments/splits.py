@@ -84,9 +84,14 @@ class LazySplit:
 
 
 def _decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
-    height, width, channels = image_shape
     with Image.open(io.BytesIO(encoded)) as file:
-        image = file.convert(MODES[channels])
+        return pixels(file, image_shape)
+
+
+def pixels(image: Image.Image, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """An image as an array of this height, width and number of channels; stretched if its size is another."""
+    height, width, channels = image_shape
+    image = image.convert(MODES[channels])
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(image_shape)

@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
@@ -16,7 +15,7 @@ from rich.table import Column, Table
 from experiments import cli, figures, processes
 from experiments.arms import Arm, Job
 from experiments.data import Dataset, LazySplit, Split
-from experiments.evaluation import Evaluation, evaluate
+from experiments.evaluation import Evaluation, centers_of, evaluate
 from experiments.figures import Snapshot
 from experiments.history import History
 from experiments.known import reach_of, write_known
@@ -56,18 +55,17 @@ def main(config: Config) -> None:
     reach = {}
 
     def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
-        shown = snapshot(epoch, state, evaluate(state, data.test, job.devices), data.num_classes)
-        histories[arm.name].add(shown)
-        return measures(shown)
+        test = evaluate(state, data.test, job.devices)
+        histories[arm.name].add(snapshot(epoch, state, test, data.num_classes))
+        return test.measures()
 
     def finish(arm: Arm, state: TrainState) -> dict[str, Any]:
         history = histories[arm.name]
         history.read(config.epochs)
-        last = history.snapshots[-1]
-        shown = evaluate(state, sample(data.train), job.devices)
-        history.snapshots[-1] = dataclasses.replace(last, train_features=shown.features, train_labels=shown.labels)
-        reach[arm.name] = reach_of(evaluate(state, data.test, job.devices).distances)
-        return {**measures(last), 'collapsed': last.collapsed, 'train_seconds': job.seconds(arm)}
+        train, test = (evaluate(state, split, job.devices) for split in (sample(data.train), data.test))
+        history.snapshots[-1] = snapshot(config.epochs, state, test, data.num_classes, train)
+        reach[arm.name] = reach_of(test.distances)
+        return {**test.measures(), 'collapsed': test.collapsed(data.num_classes), 'train_seconds': job.seconds(arm)}
 
     summary = job.train(arms, look, finish)
     job.run.write_summary(summary)
@@ -78,30 +76,23 @@ def main(config: Config) -> None:
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
 
 
-def measures(shown: Snapshot) -> dict[str, float]:
-    return {
-        'test_accuracy': shown.test_accuracy,
-        'nearest_center_accuracy': shown.nearest_center_accuracy,
-        'intra_inter_ratio': shown.intra_inter_ratio,
-    }
-
-
 def sample(split: Split | LazySplit) -> Split:
     """Examples from all over a split, as many as a picture shows."""
     return Split(*split.take(np.linspace(0, len(split) - 1, min(SHOWN, len(split))).astype(int)))
 
 
-def snapshot(epoch: int, state: TrainState, test: Evaluation, num_classes: int) -> Snapshot:
+def snapshot(
+    epoch: int, state: TrainState, test: Evaluation, num_classes: int, train: Evaluation | None = None
+) -> Snapshot:
+    """What a picture shows of a state; of the train set nothing where it was not evaluated."""
     return Snapshot(
         epoch=epoch,
-        train_features=test.features[:0],
-        train_labels=test.labels[:0],
+        train_features=train.features if train else test.features[:0],
+        train_labels=train.labels if train else test.labels[:0],
         test_features=test.features[:SHOWN],
         test_labels=test.labels[:SHOWN],
-        centers=np.asarray(jax.device_get(state.params['centers']['center']['centers'])),
-        test_accuracy=test.accuracy,
-        nearest_center_accuracy=test.nearest_center_accuracy,
-        intra_inter_ratio=test.intra_inter_ratio,
+        centers=centers_of(state),
+        **test.measures(),
         collapsed=test.collapsed(num_classes),
     )
 

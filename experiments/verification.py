@@ -72,12 +72,7 @@ def main(config: Config) -> None:
     }
 
     def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
-        test = evaluate(state, parts.known.test, job.devices)
-        return {
-            'test_accuracy': test.accuracy,
-            'nearest_center_accuracy': test.nearest_center_accuracy,
-            'intra_inter_ratio': test.intra_inter_ratio,
-        }
+        return evaluate(state, parts.known.test, job.devices).measures()
 
     def finish(arm: Arm, state: TrainState) -> tuple[dict[str, Any], Roc, float]:
         values, roc, reach = judge(state, parts, config.similarity, job.devices)
@@ -106,9 +101,7 @@ def judge(state: TrainState, parts: OpenSet, similarity: str, devices: Devices) 
     pairs, roc = verify(features, labels, similarity)
     _, distances = nearest(state, features)
     values = {
-        'test_accuracy': test.accuracy,
-        'nearest_center_accuracy': test.nearest_center_accuracy,
-        'intra_inter_ratio': test.intra_inter_ratio,
+        **test.measures(),
         **pairs,
         'unknown_auroc': unknown_auroc(test.distances, distances),
         'collapsed': test.collapsed(parts.known.num_classes),

@@ -21,7 +21,7 @@ import pytest
 import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
-from experiments import checkpoints, cli, toy2d
+from experiments import checkpoints, toy2d
 from experiments.batches import train_batches
 from experiments.checkpoints import Checkpoints
 from experiments.devices import Devices, choose, over_mesh
@@ -38,13 +38,7 @@ STEPS = 3  # an epoch of the digits has at this batch size
 QUICK = ('--parallel', 'none', '--batch-size', 500)
 
 
-def run(*flags: object) -> int:
-    """Runs the command as a user does, and returns its exit code."""
-    with pytest.raises(SystemExit) as end:
-        cli.main(toy2d.Config, toy2d.main, 'experiments.toy2d', [str(flag) for flag in flags])
-    code = end.value.code
-    assert isinstance(code, int)
-    return code
+run = partial(tiny.run, toy2d)
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:

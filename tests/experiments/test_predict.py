@@ -4,13 +4,15 @@ import csv
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
-from experiments import cli, predict, toy2d
+from experiments import predict, toy2d
 from experiments.contact_sheet import draw_contact_sheet
 from experiments.data import load
 from experiments.known import reach_of
@@ -23,13 +25,7 @@ def trained(tmp_path_factory) -> Path:
     return out
 
 
-def run(*flags: object) -> int:
-    """Runs the command as a user does, and returns its exit code."""
-    with pytest.raises(SystemExit) as end:
-        cli.main(predict.Config, predict.main, 'experiments.predict', [str(flag) for flag in flags])
-    code = end.value.code
-    assert isinstance(code, int)
-    return code
+run = partial(tiny.run, predict)
 
 
 def predictions(out: Path) -> list[dict[str, str]]:

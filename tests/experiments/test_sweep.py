@@ -4,26 +4,22 @@ import csv
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
-from experiments import cli, sweep
+from experiments import sweep
 from experiments.cells import Cell
 
 FLAGS = ('--epochs', 1, '--batch-size', 500, '--feature-dim', 2, '--seeds', 2, '--weights', 0.1, '--alphas', 0.5)
 
 
-def run(*flags: object) -> int:
-    """Runs the command as a user does, and returns its exit code."""
-    with pytest.raises(SystemExit) as end:
-        cli.main(sweep.Config, sweep.main, 'experiments.sweep', [str(flag) for flag in flags])
-    code = end.value.code
-    assert isinstance(code, int)
-    return code
+run = partial(tiny.run, sweep)
 
 
 def table(out: Path) -> list[dict[str, str]]:

@@ -4,13 +4,15 @@ import csv
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
-from experiments import cli, toy2d
+from experiments import toy2d
 
 COLUMNS = {
     *('epoch', 'arm', 'softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy'),
@@ -23,13 +25,7 @@ def data_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp('data')
 
 
-def run(*flags: object) -> int:
-    """Runs the command as a user does, and returns its exit code."""
-    with pytest.raises(SystemExit) as end:
-        cli.main(toy2d.Config, toy2d.main, 'experiments.toy2d', [str(flag) for flag in flags])
-    code = end.value.code
-    assert isinstance(code, int)
-    return code
+run = partial(tiny.run, toy2d)
 
 
 def refuse(constant: str):

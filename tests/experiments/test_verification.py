@@ -5,16 +5,18 @@ import dataclasses
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tiny
 from PIL import Image
 from tiny import prepare
 
-from experiments import cli, verification
+from experiments import verification
 from experiments.progress import Progress
 
 QUICK = ('--parallel', 'none', '--batch-size', 500, '--epochs', 2, '--seeds', 2)
@@ -24,13 +26,7 @@ MEASURES = {
 }
 
 
-def run(*flags: object) -> int:
-    """Runs the command as a user does, and returns its exit code."""
-    with pytest.raises(SystemExit) as end:
-        cli.main(verification.Config, verification.main, 'experiments.verification', [str(flag) for flag in flags])
-    code = end.value.code
-    assert isinstance(code, int)
-    return code
+run = partial(tiny.run, verification)
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -1,11 +1,14 @@
-"""Tiny prepared datasets under the names of public ones, since no test may need a download."""
+"""What the tests of experiments share: tiny prepared datasets, as no test may need a download, and the command line."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from experiments import cli
 from experiments.data import Dataset, LazySplit, Split
 
 
@@ -62,3 +65,12 @@ def all_of(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 def counts(split: Split | LazySplit) -> np.ndarray:
     """How many examples each class has."""
     return np.bincount(split.take(range(len(split)))[1])
+
+
+def run(experiment: Any, *flags: object) -> int:
+    """Runs the command of an experiment's module as a user does, and returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(experiment.Config, experiment.main, experiment.__name__, [str(flag) for flag in flags])
+    code = end.value.code
+    assert isinstance(code, int)
+    return code
