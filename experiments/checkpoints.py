@@ -5,7 +5,7 @@ nothing of devices and can be read back on any number of them. Beside them are t
 sums over the part of the epoch that is done. Nothing else is random or remembered.
 """
 
-import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -49,13 +49,10 @@ class Checkpoints:
         self._last, self._calls = time.monotonic(), 0
 
     def __enter__(self) -> 'Checkpoints':
-        self._quiet = _quiet()
-        self._quiet.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *_) -> None:
         self._manager.close()
-        self._quiet.__exit__(*exception)
 
     def due(self) -> bool:
         wanted = time.monotonic() - self._last >= self._every
@@ -116,8 +113,7 @@ def saved_params(folder: Path | str) -> dict[str, Any]:
         if step is None:
             raise RunError(f'{folder} holds no save; name a folder such as runs/toy2d/checkpoints/center')
         try:
-            with _quiet():
-                return _read(manager, step)[0]['params']
+            return _read(manager, step)[0]['params']
         except Exception as error:
             raise RunError(
                 f'{Path(folder) / str(step)} is damaged ({_reason(error)}); remove report.html of its run and give '
@@ -131,23 +127,17 @@ def keep_network(params: Any, saved: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, new: old.get((_name(path), new.shape), new), params)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Of many reads at once one meets the damage, and Orbax forgets the others: each would print a traceback."""
+@functools.cache
+def _forget_abandoned_reads() -> None:
+    """Of many reads at once one meets the damage and Orbax abandons the others: each would print a traceback, later."""
+    hook = sys.unraisablehook
 
-    def unless_forgotten(unraisable: Any) -> None:
+    def unless_abandoned(unraisable: Any) -> None:
         if str(unraisable.exc_value) != 'Event loop is closed':
             hook(unraisable)
 
-    hook, sys.unraisablehook = sys.unraisablehook, unless_forgotten
-    log = logging.getLogger('asyncio')
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        log.setLevel(level)
+    sys.unraisablehook = unless_abandoned
+    logging.getLogger('asyncio').addFilter(lambda record: 'never retrieved' not in record.getMessage())
 
 
 def _reason(error: Exception) -> str:
@@ -155,6 +145,7 @@ def _reason(error: Exception) -> str:
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    _forget_abandoned_reads()
     handlers = {'state': ocp.StandardCheckpointHandler(), 'rest': ocp.JsonCheckpointHandler()}
     # Orbax takes absolute paths only.
     return ocp.CheckpointManager(
