@@ -1,7 +1,8 @@
 """Step time over classes and batch sizes, beside what PyTorch users write, and against the machine's copy bandwidth.
 
 A step is the loss, its gradient for the features, and the centers moved. Writes benchmark.csv and benchmark.png to
---out. PyTorch takes part if it is installed. On several devices each layout of the table has an arm.
+--out. PyTorch takes part if it is installed. On several devices each layout of the table has an arm, or the one that
+--mesh or --parallel names.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from experiments import cli, jax_arms, torch_arms
+from experiments import cli, jax_arms, processes, torch_arms
 from experiments.batches import steps_of, train_batches
 from experiments.benchmark_figure import draw
 from experiments.data import load
@@ -30,13 +31,14 @@ from experiments.runs import check_folder, environment, in_a_line
 from experiments.settings import flag
 from experiments.timing import Timing, bandwidth, keep_freed_memory, measure
 from experiments.training import create_state, train_epoch, train_step
+from experiments.where import Where
 
 # A step reads x, the centers of the batch and the gradient, and writes the gradient and the centers.
 PASSES = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Where):
     """What is measured."""
 
     batch_sizes: tuple[int, ...] = (256, 4096, 16384)
@@ -53,6 +55,7 @@ class Config:
     """folder for the table and the picture; what an earlier benchmark wrote there is replaced"""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ('batch_sizes', 'classes'):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f'{flag(name)} must be numbers of 1 or more, got {getattr(self, name)}')
@@ -62,13 +65,15 @@ class Config:
 
 
 def main(config: Config) -> None:
-    console = Console()
-    check_folder(config.out)  # before ten minutes are spent
+    console = Console(quiet=not processes.first())
+    if processes.first():
+        check_folder(config.out)  # before ten minutes are spent
     tell = partial(console.print, highlight=False, soft_wrap=True)
-    tell(in_a_line(environment(choose('auto'))))
-    torch = torch_arms.installed()
+    devices = config.start()
+    tell(in_a_line(environment(devices)))
+    torch = torch_arms.installed() if processes.first() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so its arms are missing')
-    arms: dict[str, Callable[[Cell], Arm | None]] = dict(jax_arms.arms())
+    arms: dict[str, Callable[[Cell], Arm | None]] = jax_arms.arms(devices, config.mesh)
     if torch:
         arms |= {name: partial(arm, torch) for name, arm in torch_arms.ARMS.items()}
     rows: list[dict[str, Any]] = []
@@ -81,6 +86,8 @@ def main(config: Config) -> None:
         measured = measure_all(config, arms, allocator, speed, console)
         console.print(table(measured))
         rows += measured
+    if not processes.first():
+        return
     rows += toy(config, torch, console)
     config.out.mkdir(parents=True, exist_ok=True)
     write_table(config.out / 'benchmark.csv', rows)

@@ -1,7 +1,8 @@
-"""The cells of a sweep: each trains one network and says what it is worth. Spawned processes work on them.
+"""The cells of a sweep: each trains one network and says what it is worth.
 
-A cell that is done is a file, so that a sweep that was stopped goes on with the others. A process trains many cells
-with one compiled step, since to start JAX and to compile takes longer than a cell of the digits.
+Spawned processes work on them side by side, each on a CPU core, or the devices of a mesh one after the other. A cell
+that is done is a file, so that a sweep that was stopped goes on with the others. A process trains many cells with one
+compiled step, since to start JAX and to compile takes longer than a cell of the digits.
 """
 
 import multiprocessing
@@ -19,9 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments import processes
 from experiments.batches import steps_of, train_batches
 from experiments.data import load
-from experiments.devices import choose
+from experiments.devices import Devices, choose
 from experiments.evaluation import evaluate
 from experiments.history import load_snapshot, save_snapshot
 from experiments.models import Classifier
@@ -69,8 +71,18 @@ class Task(NamedTuple):
     folder: Path
 
 
-def work(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -> Iterator[Cell]:
-    """Trains the cells on so many processes and yields each one when it is done; raises Stopped if it was asked to."""
+def work_on_devices(task: Task, cells: Sequence[Cell], devices: Devices, stop: Stop) -> Iterator[Cell]:
+    """Trains the cells one after the other and yields each one when it is done; raises Stopped if it was asked to."""
+    trainer = Trainer(task, devices)
+    for cell in cells:
+        trainer.train(cell)
+        yield cell
+        stop.agree()
+        stop.obey()
+
+
+def work_on_cores(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -> Iterator[Cell]:
+    """The same by so many processes at once, each on a CPU core."""
     context = multiprocessing.get_context('spawn')  # JAX has threads, which a fork would lose
     cores = context.SimpleQueue()
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [None]
@@ -115,36 +127,45 @@ def _end_with_parent() -> None:
 
 
 @cache
-def _prepared() -> tuple[Any, ...]:
-    """Data, devices and step of this process."""
-    settings = _task.settings
-    parts = divide(load(settings.dataset, settings.data_dir, settings.image_size), _task.held_out)
-    devices = choose('none')
-    return parts, devices, devices.compile(train_step)
-
-
-@cache  # the same object, so that cells share a compiled step
-def _model(feature_dim: int) -> Classifier:
-    parts, *_ = _prepared()
-    return Classifier(_task.settings.model, feature_dim, parts.known.num_classes)
+def _trainer() -> 'Trainer':
+    return Trainer(_task, choose('none'))
 
 
 def _train(cell: Cell) -> None:
-    settings = _task.settings
-    parts, devices, step = _prepared()
-    known = parts.known
-    begun = time.perf_counter()
-    model = _model(cell.feature_dim)
-    state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
-    batches = train_batches(known.train, settings.batch_size, cell.seed)
-    steps = steps_of(known.train, settings.batch_size)
-    weight = devices.place_state(np.float32(cell.center_weight))
-    for _ in range(settings.epochs):
-        state, _ = train_epoch(state, step, batches, steps, weight, devices, lambda *_: None)
-    values, _, _ = judge(state, parts, _task.similarity, devices)
-    if cell.feature_dim == 2:
-        train, test = (evaluate(state, split, devices) for split in (sample(known.train), known.test))
-        shown = snapshot(settings.epochs, state, test, known.num_classes, train)
-        save_snapshot(cell.path(_task.folder).with_suffix('.npz'), shown)
-    # The file says that the cell is done, so it comes last.
-    write_json(cell.path(_task.folder), {**cell._asdict(), **values, 'train_seconds': time.perf_counter() - begun})
+    _trainer().train(cell)
+
+
+class Trainer:
+    """Trains cells on some devices, all of them with one compiled step."""
+
+    def __init__(self, task: Task, devices: Devices):
+        self._task, self._devices = task, devices
+        settings = task.settings
+        self._parts = divide(load(settings.dataset, settings.data_dir, settings.image_size), task.held_out)
+        self._step = devices.compile(train_step)
+        num_classes = self._parts.known.num_classes
+        # The same object for all cells of a dimension, so that they share a compiled step.
+        self._model = cache(lambda feature_dim: Classifier(settings.model, feature_dim, num_classes))
+
+    def train(self, cell: Cell) -> None:
+        """Trains a cell and writes its files."""
+        task, devices, known = self._task, self._devices, self._parts.known
+        settings, model = task.settings, self._model(cell.feature_dim)
+        begun = time.perf_counter()
+        state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
+        own = jax.process_index(), jax.process_count()
+        batches = train_batches(known.train, settings.batch_size, cell.seed, *own)
+        steps = steps_of(known.train, settings.batch_size)
+        weight = devices.place_state(np.float32(cell.center_weight))
+        for _ in range(settings.epochs):
+            state, _ = train_epoch(state, self._step, batches, steps, weight, devices, lambda *_: None)
+        one = devices.one(state)
+        values, _, _ = judge(one, self._parts, task.similarity, devices)
+        if cell.feature_dim == 2:
+            train, test = (evaluate(one, split, devices) for split in (sample(known.train), known.test))
+            shown = snapshot(settings.epochs, one, test, known.num_classes, train)
+            if processes.first():
+                save_snapshot(cell.path(task.folder).with_suffix('.npz'), shown)
+        if processes.first():  # the file says that the cell is done, so it comes last
+            done = {**cell._asdict(), **values, 'train_seconds': time.perf_counter() - begun}
+            write_json(cell.path(task.folder), done)

@@ -112,7 +112,7 @@ def _is_table(path: Any) -> bool:
 
 
 def choose(parallel: str, mesh: str | None = None) -> Devices:
-    """The devices for `--parallel` and `--mesh`. 'auto' is a mesh over those of all processes, 'none' the first."""
+    """The devices for `--parallel` and `--mesh`: 'auto' is a mesh over those of all processes, 'none' the first."""
     # One process's after the other's, so that the parts of a batch that they read stay next to each other.
     found = tuple(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
     if mesh is not None:
@@ -122,7 +122,7 @@ def choose(parallel: str, mesh: str | None = None) -> Devices:
         return over_mesh(found, sizes)
     if parallel == 'pmap':
         return Devices(found, axis_name='data', mesh=None)
-    used = found if parallel == 'auto' else found[:1]
+    used = found if parallel == 'auto' else jax.local_devices()[:1]
     return over_mesh(used, {'data': len(used)})
 
 

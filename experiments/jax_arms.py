@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
-from experiments.devices import choose
+from experiments.batches import part
+from experiments.devices import Devices, choose
 
 ALPHA = 0.5
 
@@ -61,18 +62,17 @@ def one_device(cell: Cell) -> Arm:
     return _arm(jax.jit(step, donate_argnums=0), table, state, jax.device_put(cell.batch()))
 
 
-def all_devices(cell: Cell, parallel: str, *, by_rows: bool = False) -> Arm:
-    """Over the devices as `experiments` lays a batch and a state out; the table by rows if it is to be."""
-    devices = choose(parallel)
+def all_devices(cell: Cell, devices: Devices, rows_over: str | None = None) -> Arm:
+    """Over the devices as `experiments` lays a batch and a state out; rows of the table over an axis."""
     table = jnp.ones((cell.num_classes, cell.feature_dim))
     state = devices.place_state(clj.center_update().init(table))
-    if by_rows:
-        assert devices.mesh is not None
-        table = clj.shard_centers(table, NamedSharding(devices.mesh, P('data', None)))
+    if devices.mesh is not None and rows_over is not None:
+        table = clj.shard_centers(table, NamedSharding(devices.mesh, P(rows_over, None)))
     else:
         table = devices.place_state(table)
     whole = step if devices.mesh is None else partial(step, mesh=devices.mesh)
-    return _arm(devices.compile(whole), table, state, devices.place_batch(*cell.batch()))
+    own, _ = part(cell.batch_size, jax.process_index(), jax.process_count())
+    return _arm(devices.compile(whole), table, state, devices.place_batch(*(array[own] for array in cell.batch())))
 
 
 def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
@@ -88,11 +88,18 @@ def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
     return Arm(steps(), compiled.memory_analysis().temp_size_in_bytes, cost.get('bytes accessed'))
 
 
-def arms() -> dict[str, Any]:
-    """What this machine can measure; with one device there is one layout."""
-    several = {
-        'mesh, replicated': partial(all_devices, parallel='auto'),
-        'mesh, by rows': partial(all_devices, parallel='auto', by_rows=True),
-        'pmap': partial(all_devices, parallel='pmap'),
-    }
-    return {'centerloss_jax': one_device, **(several if jax.device_count() > 1 else {})}
+def arms(devices: Devices, mesh: str | None = None) -> dict[str, Any]:
+    """What can be measured: one device, and these in the layout of `--mesh`, or in each that there is."""
+    arms: dict[str, Any] = {'centerloss_jax': one_device}
+    if mesh is not None:
+        rows_over = 'classes' if 'classes' in mesh else None
+        return arms | {f'mesh {mesh}': partial(all_devices, devices=devices, rows_over=rows_over)}
+    if devices.mesh is None:
+        return arms | {'pmap': partial(all_devices, devices=devices)}
+    if len(devices.devices) == 1:
+        return arms
+    arms['mesh, replicated'] = partial(all_devices, devices=devices)
+    arms['mesh, by rows'] = partial(all_devices, devices=devices, rows_over='data')
+    if jax.process_count() == 1:
+        arms['pmap'] = partial(all_devices, devices=choose('pmap'))
+    return arms

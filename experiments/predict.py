@@ -12,7 +12,7 @@ import numpy as np
 import simple_parsing
 from rich.console import Console
 
-from experiments import cli
+from experiments import cli, processes
 from experiments.checkpoints import saved_params
 from experiments.contact_sheet import draw_contact_sheet
 from experiments.copies import DataError
@@ -27,13 +27,14 @@ from experiments.models import Classifier
 from experiments.runs import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
 from experiments.splits import Split, pixels
 from experiments.training import create_state
+from experiments.where import Where
 
 UNKNOWN = 'unknown'
 TABLE, PICTURE = 'predictions.csv', 'predictions.png'
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Where):
     """What is labelled by what."""
 
     images: str
@@ -51,7 +52,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    console = Console()
+    console = Console(quiet=not processes.first())
     class_names, reach = read_known(config.run)
     arm = config.arm or next((arm for arm in reach if arm.startswith('center')), '')
     if arm not in reach:
@@ -59,9 +60,11 @@ def main(config: Config) -> None:
     settings = read_json(config.run / CONFIG)
     out = _folder(config)
     names, split = _images(config, settings['image_shape'])
-    devices = choose('none')
+    devices = config.start()
     state = restored(settings, config.run / CHECKPOINTS / arm)
     features, _, _ = embed(state, split, devices)
+    if not processes.first():
+        return
     classes, distances = nearest(state, features)
     unknown = ~(distances <= reach[arm])
     found = [UNKNOWN if far else class_names[own] for own, far in zip(classes, unknown, strict=True)]
@@ -81,7 +84,8 @@ def main(config: Config) -> None:
 def _folder(config: Config) -> Path:
     """Where the predictions go. In a folder of the user's own choice nothing is replaced unasked."""
     out = config.out or config.run / 'predictions'
-    check_folder(out)
+    if processes.first():
+        check_folder(out)
     taken = [name for name in (TABLE, PICTURE) if (out / name).exists()]
     if taken and config.out and not config.overwrite:
         raise RunError(f'--out {out} holds {taken[0]}; name another folder, or pass --overwrite to replace it')

@@ -1,14 +1,15 @@
 """The weight of the center loss by the step of the centers by seeds, in the manner of the paper's Fig. 3 and Fig. 5.
 
 Trains a network for each cell on some classes of a dataset, and asks what it is worth on these and on the held-out
-ones. Cells run side by side, a process to a CPU core. Writes config.json, sweep.csv, summary.json, accuracy.png
-(Fig. 5), weights.png (Fig. 3, in two dimensions) and report.html to --out. A sweep that was stopped goes on with
---resume, and does no cell twice.
+ones. Cells run side by side, a process to a CPU core, or one after the other on the devices that are asked for. Writes
+config.json, sweep.csv, summary.json, accuracy.png (Fig. 5), weights.png (Fig. 3, in two dimensions) and report.html to
+--out. A sweep that was stopped goes on with --resume, and does no cell twice.
 """
 
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,10 +18,10 @@ import simple_parsing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments import cli
-from experiments.cells import Cell, Task, work
+from experiments import cli, processes
+from experiments.cells import Cell, Task, work_on_cores, work_on_devices
 from experiments.data import Dataset, load
-from experiments.devices import choose
+from experiments.devices import Devices, choose
 from experiments.figures import draw_features
 from experiments.files import write_table
 from experiments.history import load_snapshot
@@ -31,6 +32,7 @@ from experiments.report import write_report
 from experiments.runs import CELLS, Run, environment, in_a_line
 from experiments.settings import Common, check_alpha, check_weight
 from experiments.stopping import Stop
+from experiments.where import Where
 
 TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
 
@@ -45,7 +47,7 @@ DRAWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Common):
+class Config(Common, Where):
     """Settings of a sweep. They are saved with it."""
 
     PROGRAM: ClassVar[str] = 'experiments.sweep'
@@ -58,6 +60,7 @@ class Config(Common):
         'alphas',
         'seeds',
         'workers',
+        *(field.name for field in dataclasses.fields(Where)),
     )
 
     out: Path = Path('runs/sweep')
@@ -78,11 +81,15 @@ class Config(Common):
     """of a pair: the cosine, as in the paper, or the Euclidean distance"""
     workers: int = 0
     """processes, each on a CPU core; 0 is one for each core"""
+    parallel: Literal['auto', 'pmap', 'none'] = 'auto'
+    """auto is a process to a CPU core, each with cells of its own, or, with --mesh or several processes, a cell at a
+    time on all of their devices; pmap a cell at a time on all devices by jax.pmap, none on the first alone"""
     resume: bool = simple_parsing.field(default=False, action='store_true')
     """go on with the sweep that --out holds, or start it; --weights, --alphas and --seeds may be others"""
 
     def __post_init__(self):
-        super().__post_init__()
+        Common.__post_init__(self)
+        Where.__post_init__(self)
         for name in ('weights', 'alphas'):
             object.__setattr__(self, name, tuple(map(float, dict.fromkeys(getattr(self, name)))))
         for weight in self.weights:
@@ -95,6 +102,13 @@ class Config(Common):
             raise ValueError(f'--seeds must be at least 1, got {self.seeds}')
         if self.workers < 0:
             raise ValueError(f'--workers must be 0 or more, got {self.workers}')
+        if self.workers and not self.on_cores:
+            raise ValueError('--workers are processes on CPU cores; leave out what names other devices')
+
+    @property
+    def on_cores(self) -> bool:
+        """Whether nothing else is asked for."""
+        return self.parallel == 'auto' and not (self.mesh or self.distributed or self.coordinator)
 
     @property
     def shown_alpha(self) -> float:
@@ -102,9 +116,11 @@ class Config(Common):
 
 
 def main(config: Config) -> None:
-    console = Console()
-    jax.config.update('jax_platforms', 'cpu')
-    surroundings = environment(choose('none'))
+    console = Console(quiet=not processes.first())
+    if config.on_cores:
+        jax.config.update('jax_platforms', 'cpu')
+    devices = choose('none') if config.on_cores else config.start()
+    surroundings = environment(devices)
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
     wanted = {name: getattr(config, name) for name in ('weights', 'alphas', 'seeds')}
@@ -123,7 +139,9 @@ def main(config: Config) -> None:
     folder.mkdir(exist_ok=True)
 
     cells = cells_of(config)
-    train(config, cells, folder, console)
+    train(config, cells, folder, devices, console)
+    if not processes.first():
+        return
     rows = [cell.read(folder) for cell in cells]
     write_table(run.out / TABLE, rows)
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
@@ -145,22 +163,29 @@ def pictured(config: Config) -> list[Cell]:
     return [Cell(weight, config.shown_alpha, config.seed, 2) for weight in sorted({0.0, *config.weights})]
 
 
-def train(config: Config, cells: Sequence[Cell], folder: Path, console: Console) -> None:
+def train(config: Config, cells: Sequence[Cell], folder: Path, devices: Devices, console: Console) -> None:
     """Trains the cells that are not done yet."""
-    left = [cell for cell in cells if not cell.done(folder)]
+    done = processes.largest(*(cell.done(folder) for cell in cells))
+    left = [cell for cell, whole in zip(cells, done, strict=True) if not whole]
     for damaged in (path for cell in left if (path := cell.path(folder)).exists()):
         console.print(f'{damaged} is damaged; it is done again', highlight=False, soft_wrap=True)
     if len(left) < len(cells):
         console.print(f'{len(cells) - len(left)} of {len(cells)} cells are done already', highlight=False)
     task = Task(config, config.held_out, config.similarity, folder)
     available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = min(config.workers or available, len(left))
+    workers = max(1, min(config.workers or available, len(left))) if config.on_cores else jax.process_count()
+    work = partial(work_on_cores, workers=workers) if config.on_cores else partial(work_on_devices, devices=devices)
     go_on = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
     progress = Progress(*columns, TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), console=console)
     with progress as bar, Stop(go_on) as stop:
-        shown = bar.add_task('', total=len(cells), completed=len(cells) - len(left), last=f'{workers} processes')
-        for cell in work(task, left, workers, stop) if left else ():
+        shown = bar.add_task(
+            '',
+            total=len(cells),
+            completed=len(cells) - len(left),
+            last='1 process' if workers == 1 else f'{workers} processes',
+        )
+        for cell in work(task, left, stop=stop):
             last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
             bar.update(shown, advance=1, last=last)
 

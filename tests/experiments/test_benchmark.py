@@ -2,35 +2,40 @@
 
 import csv
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import benchmark, jax_arms, torch_arms
+from experiments.devices import choose
 from experiments.jax_arms import Cell
 
 CELL = Cell(batch_size=64, num_classes=24, feature_dim=6)
+MESH = 'data=2,classes=4'
+LAYOUTS = jax_arms.arms(choose('auto')) | jax_arms.arms(choose('auto', MESH), MESH)
 
 
-@pytest.mark.parametrize('arm', jax_arms.arms().values(), ids=jax_arms.arms().keys())
-def test_every_layout_is_measured_with_its_memory(arm):
+@pytest.mark.parametrize('arm', LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_layout_takes_the_same_step_and_is_measured_with_its_memory(arm):
     measured = arm(CELL)
-    next(measured.steps)
+    moved, (loss, gradient) = next(measured.steps)
+    x, labels = CELL.batch()
+    np.testing.assert_allclose(np.mean(loss), np.mean(np.sum((x - 1) ** 2, axis=1)), rtol=1e-6)
+    # Under pmap each device has the gradient of its own mean, and a copy of the table.
+    devices = np.asarray(loss).size
+    np.testing.assert_allclose(np.reshape(gradient, x.shape) / devices, 2 / 64 * (x - 1), rtol=1e-5, atol=1e-7)
+    counts = np.bincount(labels, minlength=24)[:, None]
+    sums = np.stack([np.sum((x - 1)[labels == c], axis=0) for c in range(24)])
+    for copy in np.reshape(moved, (devices, 24, 6)):
+        np.testing.assert_allclose(copy, 1 + 0.5 * sums / (1 + counts), rtol=1e-5)
     assert measured.temporary_bytes > 0
     assert measured.accessed_bytes > 64 * 6 * 4
 
 
-def test_all_layouts_take_the_same_step():
-    x, labels = CELL.batch()
-    table = jax.numpy.ones((24, 6))
-    state = jax_arms.clj.center_update().init(table)
-    moved, state, loss, gradient = jax.jit(jax_arms.step)(table, state, x, labels)
-    np.testing.assert_allclose(loss, np.mean(np.sum((x - 1) ** 2, axis=1)), rtol=1e-6)
-    np.testing.assert_allclose(gradient, 2 / 64 * (x - 1), rtol=1e-5, atol=1e-7)
-    counts = np.bincount(labels, minlength=24)[:, None]
-    sums = np.stack([np.sum((x - 1)[labels == c], axis=0) for c in range(24)])
-    np.testing.assert_allclose(moved, 1 + 0.5 * sums / (1 + counts), rtol=1e-5)
+def test_one_layout_is_measured_where_it_is_named():
+    assert [*jax_arms.arms(choose('none'))] == ['centerloss_jax']
+    assert [*jax_arms.arms(choose('pmap'))] == ['centerloss_jax', 'pmap']
+    assert [*jax_arms.arms(choose('auto', MESH), MESH)] == ['centerloss_jax', f'mesh {MESH}']
 
 
 @pytest.mark.skipif(torch_arms.installed() is None, reason='PyTorch is not installed')
@@ -46,7 +51,7 @@ def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys):
     with (out / 'benchmark.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     measured = {(row['allocator'], row['arm'], row['batch_size'], row['num_classes']) for row in rows}
-    for arm in jax_arms.arms():
+    for arm in jax_arms.arms(choose('auto')):
         assert {('default', arm, '16', c) for c in ('8', '24')} <= measured
     assert all(
         0 < float(row['low_seconds']) <= float(row['step_seconds']) <= float(row['high_seconds']) for row in rows

@@ -67,6 +67,15 @@ def test_a_folder_of_files_gives_what_the_split_that_they_are_from_gives(trained
         np.testing.assert_allclose(float(row['distance']), float(same['distance']), rtol=1e-4)
 
 
+def test_a_mesh_labels_as_one_device_does(trained, tmp_path):
+    flags = '--images', 'digits:test', '--run', trained
+    assert run(*flags, '--out', tmp_path / 'one', '--parallel', 'none') == 0
+    assert run(*flags, '--out', tmp_path / 'mesh', '--mesh', 'data=2,classes=4') == 0
+    for row, expected in zip(predictions(tmp_path / 'mesh'), predictions(tmp_path / 'one'), strict=True):
+        assert row['nearest'] == expected['nearest']
+        np.testing.assert_allclose(float(row['distance']), float(expected['distance']), rtol=1e-4)
+
+
 def test_an_image_that_is_no_digit_is_unknown(trained, tmp_path):
     (tmp_path / 'images').mkdir()
     for name, pixels in (('white', np.full((30, 40, 3), 255)), ('chequered', np.indices((8, 8)).sum(0) % 2 * 255)):

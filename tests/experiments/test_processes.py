@@ -27,14 +27,21 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start_two(*flags: object) -> list[subprocess.Popen]:
+def start_two(*flags: object, experiment: str = 'toy2d') -> list[subprocess.Popen]:
     """Starts both processes of a run, with two devices each."""
     coordinator = f'localhost:{free_port()}'
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
     flags += ('--coordinator', coordinator, '--num-processes', 2)
     return [
         subprocess.Popen(
-            [sys.executable, '-W', 'error', '-m', 'experiments.toy2d', *map(str, (*flags, '--process-id', index))],
+            [
+                sys.executable,
+                '-W',
+                'error',
+                '-m',
+                f'experiments.{experiment}',
+                *map(str, (*flags, '--process-id', index)),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -85,6 +92,27 @@ def test_a_run_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
             # Adam divides gradients by their size, and so the rounding of small ones: a step of it is 3e-3. What is
             # owed to 1e-6 is tested by SGD, in tests/test_two_processes.py.
             np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_every_experiment_runs_in_two_processes_of_which_the_first_writes(tmp_path):
+    toy, out = tmp_path / 'toy', tmp_path / 'out'
+    assert run(*QUICK, '--parallel', 'none', '--out', toy) == 0
+    sweep = *QUICK, '--feature-dim', 2, '--seeds', 1, '--weights', 0.1, '--alphas', 0.5
+    flags = {
+        'verification': (*QUICK, '--seeds', 1, '--mesh', 'data=2,classes=2'),
+        'sweep': (*sweep, '--mesh', 'data=2,classes=2'),
+        'predict': ('--run', toy, '--images', 'digits:test'),
+        'benchmark': ('--batch-sizes', 16, '--classes', 10, '--feature-dim', 4, '--rounds', 1, '--mesh', 'classes=4'),
+    }
+    files = {'verification': 'report.html', 'sweep': 'report.html', 'predict': 'predictions.csv'}
+    for experiment, own in flags.items():
+        both = start_two(*own, '--out', out / experiment, experiment=experiment)
+        first, second = map(finish, both)
+        assert (first[0], second[0]) == (0, 0), (experiment, first, second)
+        assert second[1:] == ('', '')
+        assert (out / experiment / files.get(experiment, 'benchmark.csv')).exists()
+    assert len(list((out / 'sweep' / 'cells').glob('*.json'))) == 2
 
 
 @pytest.mark.slow

@@ -69,6 +69,20 @@ def test_a_sweep_goes_on_where_it_was_and_does_no_cell_twice(whole, tmp_path, ca
     assert 'finished' in capsys.readouterr().out
 
 
+def test_a_sweep_on_a_mesh_has_the_cells_of_one_on_cores(whole, tmp_path):
+    assert run(*FLAGS, '--out', tmp_path / 'sweep', '--mesh', 'data=2,classes=4') == 0
+    for row, expected in zip(table(tmp_path / 'sweep'), table(whole), strict=True):
+        for name, value in row.items():
+            if name != 'collapsed':
+                np.testing.assert_allclose(float(value), float(expected[name]), rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_workers_beside_other_devices_are_one_line_and_exit_code_2(tmp_path, capsys):
+    assert run('--out', tmp_path / 'run', '--workers', 2, '--parallel', 'none') == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert '--workers' in error
+
+
 def test_other_settings_are_another_sweep(whole, tmp_path, capsys):
     out = tmp_path / 'sweep'
     shutil.copytree(whole, out)
@@ -99,15 +113,15 @@ def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
-    work = sweep.work
+    work = sweep.work_on_cores
 
-    def interrupted(*args):
-        for cell in work(*args):
+    def interrupted(*args, **kwargs):
+        for cell in work(*args, **kwargs):
             yield cell
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, 'work', interrupted)
+        patch.setattr(sweep, 'work_on_cores', interrupted)
         assert run(*FLAGS, '--out', tmp_path / 'sweep') == 143
     assert 'To go on: python -m experiments.sweep' in capsys.readouterr().err
     assert run(*FLAGS, '--out', tmp_path / 'sweep', '--resume') == 0
