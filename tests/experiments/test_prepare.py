@@ -60,8 +60,14 @@ def test_no_answer_is_the_same_short_error_each_time(tmp_path, proxy, monkeypatc
     proxy(lambda request: over.wait(30))
     first, second = error_of_preparing(tmp_path), error_of_preparing(tmp_path)
     over.set()
-    assert 'no answer within' in first
+    assert 'no answer; is there a network?' in first
     assert first == second
+
+
+def test_connections_that_break_at_once_need_no_wait_for_an_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, 'PATIENCE', float('inf'))
+    monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # nobody listens there
+    assert 'no answer; is there a network?' in error_of_preparing(tmp_path)
 
 
 def test_a_slow_download_that_lives_is_waited_for(tmp_path, proxy, monkeypatch):
