@@ -88,7 +88,8 @@ def main(config: Config) -> None:
         rows += measured
     if not processes.first():
         return
-    rows += toy(config, torch, console)
+    if jax.process_count() == 1:
+        rows += toy(config, torch, console)
     config.out.mkdir(parents=True, exist_ok=True)
     write_table(config.out / 'benchmark.csv', rows)
     draw(config.out / 'benchmark.png', rows)
