@@ -116,7 +116,7 @@ class Run:
         if not self.resumed:  # the settings are replaced last: until then the rest is known as a run's
             (self.out / METRICS).unlink(missing_ok=True)
             for name in FOLDERS:
-                shutil.rmtree(self.out / name, ignore_errors=True)
+                _remove(self.out / name)
         write_json(self.out / CONFIG, config)
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -159,6 +159,17 @@ class Run:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.first():
             write_json(self.out / SUMMARY, summary)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder; of a link to one the link, for where it leads is its user's own."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise RunError(f'{folder} cannot be removed ({error.strerror}); remove it, or name another --out') from error
 
 
 def _number(text: str) -> float | str:

@@ -93,6 +93,10 @@ def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_pat
     out.mkdir()
     (out / 'notes.txt').write_text('mine')
     (out / 'config.json').write_text('{}')
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    (elsewhere / 'notes.txt').write_text('mine too')
+    (out / 'checkpoints').symlink_to(elsewhere)
     flags = ('--epochs', 1, '--batch-size', 500, '--parallel', 'none', '--out', out, '--data-dir', data_dir)
     assert run(*flags) == 2
     assert (out / 'config.json').read_text() == '{}'
@@ -103,6 +107,8 @@ def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_pat
     assert run(*flags, '--overwrite') == 0
     assert strict(out / 'config.json')['epochs'] == 1
     assert (out / 'notes.txt').read_text() == 'mine'
+    assert [path.name for path in elsewhere.iterdir()] == ['notes.txt']
+    assert sorted(path.name for path in (out / 'checkpoints').iterdir()) == ['center', 'softmax']
 
 
 @pytest.mark.parametrize('name', ['metrics.csv', 'report.html', 'checkpoints/mine.txt', 'profile/mine.txt'])
