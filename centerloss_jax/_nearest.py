@@ -134,7 +134,7 @@ def _search(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
             lowest, best, rounds = state
 
             def add_feature(d, squares):
-                return squares + jnp.square(x[:, d, None] - own[:, d])
+                return squares + jnp.square(x[:, d, None] - jnp.where(finite, own[:, d], 0))
 
             # Begun from the state: what does not depend on it XLA would move out of the loop, and always do.
             squares = jax.lax.fori_loop(0, num_features, add_feature, jnp.where(lowest < jnp.inf, 0, jnp.inf))

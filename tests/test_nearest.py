@@ -214,11 +214,14 @@ def test_centers_that_coincide_are_told_by_their_class(block_size):
     np.testing.assert_array_equal(distances, np.zeros(9))
 
 
-def test_two_tight_clusters_far_apart():
+@pytest.mark.parametrize('content', [0, np.nan, np.inf])
+def test_two_tight_clusters_far_apart_and_a_center_that_is_none(content):
     rng = np.random.default_rng(0)
-    table = 100 * np.where(np.arange(200) % 2, 1, -1)[:, None] + 1e-3 * rng.normal(size=(200, 4))
-    table, x = table.astype(np.float32), (table[::10] + 1e-4).astype(np.float32)
+    table = 1e4 * np.where(np.arange(200) % 2, 1, -1)[:, None] + 1e-2 * rng.normal(size=(200, 8))
+    x = (table[rng.integers(0, 200, 50)] + 1e-2 * rng.normal(size=(50, 8))).astype(np.float32)
+    table = table.astype(np.float32)
+    table[199] = content
     expected = np.sum((x[:, None].astype(np.float64) - table) ** 2, axis=-1)
     labels, distances = clj.nearest_center(x, table)
-    np.testing.assert_array_equal(labels, expected.argmin(axis=1))
-    np.testing.assert_allclose(distances, expected.min(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(labels, np.nanargmin(expected, axis=1))
+    np.testing.assert_allclose(distances, np.nanmin(expected, axis=1), rtol=1e-5)
