@@ -116,9 +116,9 @@ class Config(Common, Where):
 
 
 def main(config: Config) -> None:
-    console = Console(quiet=not processes.first())
-    if config.on_cores:
+    if config.on_cores:  # before anything asks for a device: accelerators are left to others
         jax.config.update('jax_platforms', 'cpu')
+    console = Console(quiet=not processes.first())
     devices = choose('none') if config.on_cores else config.start()
     surroundings = environment(devices)
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
