@@ -7,6 +7,7 @@ nothing blocks looks after the others'.
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -22,6 +23,8 @@ from experiments.rendezvous import JoinError, meet
 
 # Seconds: to wait for the others at the start, between two signs of life, and until a process without one is lost.
 PATIENCE, BEAT, SILENCE = 60, 2, 20
+
+GO_ON = 'Give the same lines again; a run goes on from its last save, which is whole, with --resume'
 
 _watch: 'Watch | None' = None
 
@@ -43,6 +46,8 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
             f'--distributed finds no Slurm, GKE, TPU or MPI job around this process ({error}); '
             'pass --coordinator HOST:PORT --num-processes N --process-id I'
         ) from error
+    # JAX takes SIGTERM for itself and only remembers it. A run that can save listens to it (`stopping`), the rest ends.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if jax.process_count() > 1:
         _watch = Watch(jax.process_index(), jax.process_count())
         _watch.start()
@@ -156,7 +161,7 @@ class Watch(threading.Thread):
     def _exit(self, reason: str, code: int = 1) -> None:
         """Ends the process without waiting for anyone, as Python's exit would."""
         if reason:
-            print(f'{reason}. The last save is whole: give the same lines again, with --resume', file=sys.stderr)
+            print(f'{reason}. {GO_ON}', file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if self._index == 0:

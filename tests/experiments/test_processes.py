@@ -130,7 +130,7 @@ def test_a_process_that_is_killed_ends_the_other_within_a_minute_and_the_last_sa
     if killed:
         assert errors.splitlines() == [
             'process 1 of 2 was lost: nothing was heard of it for 20 seconds. '
-            'The last save is whole: give the same lines again, with --resume'
+            'Give the same lines again; a run goes on from its last save, which is whole, with --resume'
         ]
     finish(both[killed])
     assert saved_params(tmp_path / 'run' / 'checkpoints' / 'softmax')['centers']['center']['centers'].shape == (10, 2)
