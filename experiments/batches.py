@@ -53,10 +53,10 @@ def eval_batches(
     return iter(order.map(lambda indices: _take(split, indices[own], size)).to_iter_dataset(READ_OPTIONS))
 
 
-def part(batch_size: int, process_index: int, process_count: int) -> tuple[slice, int]:
+def part(batch_size: int, process_index: int, process_count: int, name: str = '--batch-size') -> tuple[slice, int]:
     """Which examples of a batch a process reads, and how many."""
     if batch_size % process_count:
-        raise ValueError(f'--batch-size must be a multiple of the {process_count} processes, got {batch_size}')
+        raise ValueError(f'{name} must be a multiple of the {process_count} processes, got {batch_size}')
     size = batch_size // process_count
     return slice(process_index * size, (process_index + 1) * size), size
 

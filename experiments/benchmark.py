@@ -20,7 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from experiments import cli, jax_arms, processes, torch_arms
-from experiments.batches import steps_of, train_batches
+from experiments.batches import part, steps_of, train_batches
 from experiments.benchmark_figure import draw
 from experiments.data import load
 from experiments.devices import choose
@@ -70,6 +70,8 @@ def main(config: Config) -> None:
         check_folder(config.out)  # before ten minutes are spent
     tell = partial(console.print, highlight=False, soft_wrap=True)
     devices = config.start()
+    for size in config.batch_sizes:
+        part(size, jax.process_index(), jax.process_count(), '--batch-sizes')
     tell(in_a_line(environment(devices)))
     torch = torch_arms.installed() if processes.first() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so its arms are missing')

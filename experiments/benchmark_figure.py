@@ -17,6 +17,7 @@ STYLES = {
     'mesh, by rows': ('#999999', '-', '>'),
     'pmap': ('#F0E442', '-', 'X'),
 }
+OTHER = ('#56B4E9', '-', '<')  # the mesh that --mesh names
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -25,8 +26,9 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     sizes = sorted({row['batch_size'] for row in rows})
     figure = Figure(figsize=(3.6 * len(sizes) + 1.2, 3.8), layout='constrained')
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    arms = {**STYLES, **{row['arm']: OTHER for row in rows if row['arm'] not in STYLES}}
     for panel, size in zip(panels, sizes, strict=True):
-        for arm, (colour, line, marker) in STYLES.items():
+        for arm, (colour, line, marker) in arms.items():
             own = [row for row in rows if row['arm'] == arm and row['batch_size'] == size]
             if own:
                 classes, seconds = [row['num_classes'] for row in own], [row['step_seconds'] * 1e3 for row in own]
