@@ -6,7 +6,7 @@ a contact sheet, predictions.png.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import simple_parsing
@@ -49,6 +49,8 @@ class Config(Where):
     """folder for what is written; by default predictions in the folder of the run, where earlier ones are replaced"""
     overwrite: bool = simple_parsing.field(default=False, action='store_true')
     """replace the predictions that --out holds"""
+    parallel: Literal['auto', 'none'] = 'auto'
+    """devices that share the images: auto is all of them, none the first alone"""
 
 
 def main(config: Config) -> None:
