@@ -38,7 +38,7 @@ class History:
 
 
 def save_snapshot(path: Path, snapshot: Snapshot) -> None:
-    np.savez(path, allow_pickle=False, **dataclasses.asdict(snapshot))
+    np.savez(path, **dataclasses.asdict(snapshot))
 
 
 def load_snapshot(path: Path) -> Snapshot:

@@ -63,7 +63,7 @@ def test_a_restored_position_continues_exactly(steps):
             np.testing.assert_array_equal(labels, expected_labels)
 
 
-@pytest.mark.parametrize('threads', [0, 1, 16])
+@pytest.mark.parametrize('threads', [1, 3, 16])
 def test_the_order_does_not_depend_on_the_number_of_threads(monkeypatch, threads):
     expected = take(train_batches(numbered(10), 3, seed=0), 30)
     monkeypatch.setattr(module, 'READ_OPTIONS', grain.ReadOptions(num_threads=threads, prefetch_buffer_size=40))
