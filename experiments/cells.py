@@ -27,7 +27,7 @@ from experiments.devices import Devices, choose
 from experiments.evaluation import evaluate
 from experiments.history import load_snapshot, save_snapshot
 from experiments.models import Classifier
-from experiments.open_set import divide
+from experiments.open_set import OpenSet, divide
 from experiments.runs import RunError, read_json, write_json
 from experiments.settings import Common
 from experiments.stopping import Stop
@@ -71,9 +71,14 @@ class Task(NamedTuple):
     folder: Path
 
 
-def work_on_devices(task: Task, cells: Sequence[Cell], devices: Devices, stop: Stop) -> Iterator[Cell]:
+def load_parts(settings: Common, held_out: str) -> OpenSet:
+    """The dataset of a sweep, known and held-out classes."""
+    return divide(load(settings.dataset, settings.data_dir, settings.image_size), held_out)
+
+
+def work_on_devices(task: Task, cells: Sequence[Cell], parts: OpenSet, devices: Devices, stop: Stop) -> Iterator[Cell]:
     """Trains the cells one after the other and yields each one when it is done; raises Stopped if it was asked to."""
-    trainer = Trainer(task, devices)
+    trainer = Trainer(task, parts, devices)
     for cell in cells:
         trainer.train(cell)
         yield cell
@@ -128,7 +133,7 @@ def _end_with_parent() -> None:
 
 @cache
 def _trainer() -> 'Trainer':
-    return Trainer(_task, choose('none'))
+    return Trainer(_task, load_parts(_task.settings, _task.held_out), choose('none'))
 
 
 def _train(cell: Cell) -> None:
@@ -138,14 +143,11 @@ def _train(cell: Cell) -> None:
 class Trainer:
     """Trains cells on some devices, all of them with one compiled step."""
 
-    def __init__(self, task: Task, devices: Devices):
-        self._task, self._devices = task, devices
-        settings = task.settings
-        self._parts = divide(load(settings.dataset, settings.data_dir, settings.image_size), task.held_out)
+    def __init__(self, task: Task, parts: OpenSet, devices: Devices):
+        self._task, self._parts, self._devices = task, parts, devices
         self._step = devices.compile(train_step)
-        num_classes = self._parts.known.num_classes
         # The same object for all cells of a dimension, so that they share a compiled step.
-        self._model = cache(lambda feature_dim: Classifier(settings.model, feature_dim, num_classes))
+        self._model = cache(lambda dim: Classifier(task.settings.model, dim, parts.known.num_classes))
 
     def train(self, cell: Cell) -> None:
         """Trains a cell and writes its files."""

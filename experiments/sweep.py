@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import cli, processes
-from experiments.cells import Cell, Task, work_on_cores, work_on_devices
-from experiments.data import Dataset, load
+from experiments.cells import Cell, Task, load_parts, work_on_cores, work_on_devices
+from experiments.data import Dataset
 from experiments.devices import Devices, choose
 from experiments.figures import draw_features
 from experiments.files import write_table
 from experiments.history import load_snapshot
 from experiments.intervals import intervals
-from experiments.open_set import divide
+from experiments.open_set import OpenSet
 from experiments.plots import draw_sweep
 from experiments.report import write_report
 from experiments.runs import CELLS, Run, environment, in_a_line
@@ -127,7 +127,7 @@ def main(config: Config) -> None:
     if run.finished({**config.decisive(), **wanted}):
         console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
         return
-    parts = divide(load(config.dataset, config.data_dir, config.image_size), config.held_out)
+    parts = load_parts(config, config.held_out)
     for note in parts.known.notes:
         console.print(note, highlight=False, soft_wrap=True)
     config.check_data(len(parts.known.train), parts.known.image_shape)
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     folder.mkdir(exist_ok=True)
 
     cells = cells_of(config)
-    train(config, cells, folder, devices, console)
+    train(config, cells, parts, folder, devices, console)
     if not processes.first():
         return
     rows = [cell.read(folder) for cell in cells]
@@ -163,7 +163,9 @@ def pictured(config: Config) -> list[Cell]:
     return [Cell(weight, config.shown_alpha, config.seed, 2) for weight in sorted({0.0, *config.weights})]
 
 
-def train(config: Config, cells: Sequence[Cell], folder: Path, devices: Devices, console: Console) -> None:
+def train(
+    config: Config, cells: Sequence[Cell], parts: OpenSet, folder: Path, devices: Devices, console: Console
+) -> None:
     """Trains the cells that are not done yet."""
     done = processes.largest(*(cell.done(folder) for cell in cells))
     left = [cell for cell, whole in zip(cells, done, strict=True) if not whole]
@@ -174,7 +176,8 @@ def train(config: Config, cells: Sequence[Cell], folder: Path, devices: Devices,
     task = Task(config, config.held_out, config.similarity, folder)
     available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = max(1, min(config.workers or available, len(left))) if config.on_cores else jax.process_count()
-    work = partial(work_on_cores, workers=workers) if config.on_cores else partial(work_on_devices, devices=devices)
+    on_devices = partial(work_on_devices, parts=parts, devices=devices)
+    work = partial(work_on_cores, workers=workers) if config.on_cores else on_devices
     go_on = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
     progress = Progress(*columns, TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), console=console)
