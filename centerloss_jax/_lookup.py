@@ -184,12 +184,15 @@ def examples(
     rows = rows_of(labels, where, centers.shape[0], x.shape[:-1])
     dtype = wide(x.dtype, centers.dtype)
     own = take_rows(centers, jnp.where(rows.valid, rows.indices, 0)).astype(dtype)
-    # A row that only pads the table for a mesh holds Inf: its label is as far beyond the classes as any.
-    padding = rows.valid & jnp.isposinf(own).all(-1)
+    mask = rows.valid[..., None]
+    difference = jnp.where(mask, own, 0) - jnp.where(mask, x.astype(dtype), 0)
+    # A row that only pads the table for a mesh holds Inf: its label is as far beyond the classes as any. The difference
+    # shows it, and is at hand; without the barrier the gradient would look for it again in each of its numbers.
+    padding = jax.lax.optimization_barrier(rows.valid & jnp.isposinf(difference[..., 0]) & jnp.isfinite(x[..., 0]))
     valid = rows.valid & ~padding
     rows = Rows(jnp.where(padding, MISTAKE, rows.indices), rows.counted, valid)
     mask = valid[..., None]
-    difference = jnp.where(mask, own, 0) - jnp.where(mask, x.astype(dtype), 0)
+    difference = jnp.where(mask, difference, jax.lax.stop_gradient(difference))
     if weights is not None:
         weights = jnp.asarray(weights)
         if weights.shape not in (valid.shape, x.shape):
