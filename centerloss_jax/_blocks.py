@@ -4,66 +4,132 @@ An accelerator has memory at hand and fuses; a CPU faults in every page of a new
 operand of a scatter. A block of rows stays in its cache, and the loop over blocks needs no other memory.
 """
 
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from centerloss_jax._groups import group_rows
+from centerloss_jax._groups import Groups, as_before, group_rows, neighbours
 from centerloss_jax._lookup import MISTAKE
 from centerloss_jax._mesh import add_rows, take_rows
 
-# Rows of a block. At D = 512 it has 2 MB, the cache of a core.
-BLOCK = 1024
+# Numbers in a block: 256 KB of float32, a part of a core's cache.
+BLOCK = 2**16
 
 
 def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -> Array:
-    """table with scale * values added to its rows; rows beyond the table are dropped."""
-    return jax.lax.platform_dependent(table, indices, values, scale, cpu=_add_in_blocks, default=_add_at_once)
+    """table with scale * values added to its rows; those beyond the table are dropped.
 
-
-def _add_at_once(table: Array, indices: Array, values: Array, scale: Array) -> Array:
-    return add_rows(table, indices, (scale[:, None] * values).astype(table.dtype))
-
-
-def _add_in_blocks(table: Array, indices: Array, values: Array, scale: Array) -> Array:
-    size = min(BLOCK, indices.shape[0])
-
-    def add_block(i, table):
-        # The last block starts early enough to be whole; what it meets again is dropped.
-        start = jnp.minimum(i * size, indices.shape[0] - size)
-        block = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        again = start + jnp.arange(size) < i * size
-        # Rows of a class are summed first: thousands of small moves added one by one to a center would be rounded each.
-        groups = group_rows(jnp.where(again, MISTAKE, block(indices)))
-        return add_rows(table, groups.indices, groups.sum(block(scale)[:, None] * block(values)).astype(table.dtype))
-
-    # The first block stands before the loop, whose carry then varies over the devices of a shard_map as the rows do.
-    return jax.lax.fori_loop(1, -(-indices.shape[0] // size), add_block, add_block(0, table))
-
-
-def squared_norm_of_sums(order: Array, group: Array, values: Array, scale: Array) -> Array:
-    """The sum over groups of |sum of the group's scale * values|^2; rows whose scale is 0 do not count.
-
-    `order` [N] sorts the rows by `group` [N]. A group may go on in the next block: then |a + b|^2 adds 2 a.b.
+    The rows of one index are summed before they are added: thousands of small moves that are added to a center one by
+    one would each be rounded.
     """
-    size = min(BLOCK, order.shape[0])
-    missing = -order.shape[0] % size
-    group = jnp.pad(group[order], (0, missing), mode='edge')
-    scale = jnp.pad(scale[order], (0, missing))
-    order = jnp.pad(order, (0, missing))
+    if table.shape[0] <= indices.size:
+        sums = _sums(indices, values, scale, table.shape[0])
+        return add_rows(table, jnp.arange(table.shape[0], dtype=jnp.int32), sums.astype(table.dtype))
+    rows = _Rows.repeated_first(indices, values, scale).in_whole_blocks()
+    # The first block stands before the loops, whose carry then varies over the devices of a shard_map as the rows do.
+    singles = jnp.maximum(1, rows.num_blocks_with_repeated())
+    table = _add_sums(table, rows.block(0))
+    table = jax.lax.fori_loop(1, singles, lambda i, table: _add_sums(table, rows.block(i)), table)
+    return jax.lax.fori_loop(singles, rows.num_blocks(), lambda i, table: _add(table, rows.block(i)), table)
+
+
+def squared_norm(indices: Array, values: Array, scale: Array, squares: Array, num_classes: int | None) -> Array:
+    """The sum over classes of |the sum of their rows scale * values|^2.
+
+    squares [N] are |scale * values|^2, which is all that it takes of a row whose index is not repeated.
+    """
+    if num_classes is not None and num_classes <= indices.size:
+        return jnp.sum(jnp.square(_sums(indices, values, scale, num_classes)))
+    rows = _Rows.repeated_first(indices, values, scale)
+    repeated = rows.repeated()
+    alone = jnp.sum(jnp.where(repeated | (rows.scale == 0), 0, squares[rows.order]))
+    rows = rows._replace(scale=jnp.where(repeated, rows.scale, 0)).in_whole_blocks()
 
     def add_block(i, so_far):
-        total, last, last_group = so_far
-        block = partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
-        of_row, factor = block(group), block(scale)[:, None]
-        moves = jnp.where(factor == 0, 0, factor * take_rows(values, block(order)))
-        sums = jnp.zeros_like(moves).at[of_row - of_row[0]].add(moves, mode='promise_in_bounds')
-        before = jnp.where(of_row[0] == last_group, last, 0)
+        total, last, last_index = so_far
+        block = rows.block(i)
+        group = block.groups().group
+        _, sums = block.sums()
+        # The first group may have begun in the block before: |a + b|^2 adds 2 a.b.
+        before = jnp.where(block.indices[0] == last_index, last, 0)
         total += jnp.sum(jnp.square(sums)) + 2 * jnp.sum(before * sums[0])
-        return total, sums.at[0].add(before)[of_row[-1] - of_row[0]], of_row[-1]
+        return total, sums[group[-1]] + jnp.where(group[-1] == 0, before, 0), block.indices[-1]
 
     # Of no rows, and so varying over the devices of a shard_map as the rows do.
-    begun = jnp.sum(values[:0]), jnp.sum(values[:0], axis=0), jnp.min(group[:0], initial=-1)
-    return jax.lax.fori_loop(0, order.shape[0] // size, add_block, begun)[0]
+    begun = alone, jnp.sum(values[:0], axis=0), jnp.min(indices[:0], initial=-1)
+    return jax.lax.fori_loop(0, rows.num_blocks_with_repeated(), add_block, begun)[0]
+
+
+def _sums(indices: Array, values: Array, scale: Array, num_classes: int) -> Array:
+    """[C, D], the sum of the rows of each class."""
+    rows = _Rows(indices, jnp.arange(indices.size, dtype=jnp.int32), scale, values).in_whole_blocks()
+    begun = jnp.sum(values[:0], axis=0) + jnp.zeros((num_classes, 1), values.dtype)  # varies as the rows do
+    return jax.lax.fori_loop(0, rows.num_blocks(), lambda i, sums: _add(sums, rows.block(i)), begun)
+
+
+class _Rows(NamedTuple):
+    """N rows, at least one: scale[k] * values[order[k]] for the row indices[k] of a table."""
+
+    indices: Array  # int32 [N]; those beyond the table stand for nothing
+    order: Array  # int32 [N]
+    scale: Array  # [N]; where it is 0 the row is 0, whatever the values hold
+    values: Array  # [M, D]
+
+    @classmethod
+    def repeated_first(cls, indices: Array, values: Array, scale: Array) -> '_Rows':
+        """Rows of one index as neighbours, those that are repeated before those that are not."""
+        order, indices, _ = group_rows(indices)
+        rows = cls(indices, order, scale[order], values)
+        repeated = rows.repeated()
+        front = jnp.cumsum(repeated, dtype=jnp.int32)
+        place = jnp.where(repeated, front - 1, front[-1] + jnp.arange(front.size, dtype=jnp.int32) - front)
+        return rows.each(lambda a: jnp.zeros_like(a).at[place].set(a, unique_indices=True, mode='promise_in_bounds'))
+
+    def in_whole_blocks(self) -> '_Rows':
+        missing = -self.indices.size % self.block_size()
+        padded = self.each(lambda a: jnp.pad(a, (0, missing)))
+        return padded._replace(indices=jnp.pad(self.indices, (0, missing), constant_values=MISTAKE))
+
+    def block(self, i: Array | int) -> '_Rows':
+        size = self.block_size()
+        return self.each(lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size))
+
+    def block_size(self) -> int:
+        return min(self.indices.size, max(1, BLOCK // self.values.shape[1]))
+
+    def num_blocks(self) -> int:
+        return self.indices.size // self.block_size()
+
+    def num_blocks_with_repeated(self) -> Array:
+        """The number of blocks up to the last that has repeated rows."""
+        end = jnp.max(jnp.where(self.repeated(), jnp.arange(1, self.indices.size + 1, dtype=jnp.int32), 0))
+        return -(-end // self.block_size())
+
+    def repeated(self) -> Array:
+        """bool [N], whether a neighbour has the same index."""
+        before = as_before(self.indices)
+        return (before | jnp.roll(before, -1)) & (self.indices < MISTAKE)
+
+    def each(self, fn) -> '_Rows':
+        return _Rows(fn(self.indices), fn(self.order), fn(self.scale), self.values)
+
+    def rows(self) -> Array:
+        scale = self.scale[:, None]
+        return jnp.where(scale == 0, 0, scale * take_rows(self.values, self.order))
+
+    def groups(self) -> Groups:
+        return neighbours(self.order, self.indices)
+
+    def sums(self) -> tuple[Array, Array]:
+        return self.groups().sums(self.rows())
+
+
+def _add(table: Array, rows: _Rows) -> Array:
+    return add_rows(table, rows.indices, rows.rows().astype(table.dtype))
+
+
+def _add_sums(table: Array, rows: _Rows) -> Array:
+    indices, sums = rows.sums()
+    return add_rows(table, indices, sums.astype(table.dtype))

@@ -185,4 +185,5 @@ def _reduce(batch: Examples, reduce_fn: ReduceFn | None, axis_name: AxisName | N
 
 def _rows(batch: Examples) -> RowUpdates:
     values = batch.difference if batch.weights is None else batch.weights * batch.difference
-    return RowUpdates(batch.rows.indices.reshape(-1), jax.lax.stop_gradient(values.reshape(-1, values.shape[-1])))
+    values = jax.lax.stop_gradient(values.reshape(-1, values.shape[-1]))
+    return RowUpdates(batch.rows.indices.reshape(-1), values, scale=jnp.ones(len(values), values.dtype))

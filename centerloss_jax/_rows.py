@@ -36,8 +36,8 @@ class RowUpdates:
       indices: integers `[N]`, rows of the table.
       values: floating point `[N, D]`.
       guard: int32 `[]`, a constant. It is not for users: arithmetic on the rows makes it something else.
-      scale: floating point `[N]` or None. The row is `scale * values`; `center_update` leaves the product to where the
-        row is added, since on CPUs another [N, D] array costs more than all else.
+      scale: floating point `[N]`, or None for ones. The row is `scale * values`; `center_update` leaves the product to
+        where the row is added, since on CPUs another [N, D] array costs more than all else.
 
     Example:
       >>> import centerloss_jax as clj
@@ -59,17 +59,22 @@ class RowUpdates:
         if not isinstance(table, (jax.Array, np.ndarray)):
             return NotImplemented
         table = check_table(table, 'the table')
-        indices, values = checked(dataclasses.replace(self, scale=None), table)
-        indices = jnp.where(indices < 0, table.shape[0], indices)
+        indices, values, scale = in_table(self, table)
         if wide(table.dtype) == table.dtype:
-            if self.scale is not None:
-                return add_scaled_rows(table, indices, values, jnp.asarray(self.scale))
-            return add_rows(table, indices, values.astype(table.dtype))
+            if self.scale is None or indices.size == 0:
+                return add_rows(table, indices, values.astype(table.dtype))
+            return jax.lax.platform_dependent(
+                table, indices, values, scale, cpu=add_scaled_rows, default=_add_scaled_rows_at_once
+            )
         # In a narrow dtype each addition rounds: sum a class's rows first, in float32, and round once.
         groups = group_rows(indices)
-        values = groups.sum(scaled(self.scale, values))
-        old = take_rows(table, jnp.where(groups.indices < table.shape[0], groups.indices, 0))
-        return set_rows(table, groups.indices, (old + values).astype(table.dtype))
+        indices, values = groups.sums(take_rows(scale[:, None] * values, groups.order))
+        old = take_rows(table, jnp.where(indices < table.shape[0], indices, 0))
+        return set_rows(table, indices, (old + values).astype(table.dtype))
+
+
+def _add_scaled_rows_at_once(table: Array, indices: Array, values: Array, scale: Array) -> Array:
+    return add_rows(table, indices, (scale[:, None] * values).astype(table.dtype))
 
 
 def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
@@ -97,14 +102,21 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     if not rows:
         raise ValueError('concatenate_rows needs at least one RowUpdates')
     parts = [checked(part) for part in rows]
-    widths = sorted({values.shape[1] for _, values in parts})
+    widths = sorted({values.shape[1] for _, values, _ in parts})
     if len(widths) > 1:
         raise ValueError(f'rows must belong to one table, got values of {widths} features')
-    return RowUpdates(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    indices, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return RowUpdates(indices, values, scale=None if all(part.scale is None for part in rows) else scale)
 
 
-def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array]:
-    """Indices as int32 and values in float32 or wider; indices that name no row of the table are MISTAKE."""
+def in_table(rows: RowUpdates, table: Array | None) -> tuple[Array, Array, Array]:
+    """As `checked`, and the indices of rows that are left out are MISTAKE too."""
+    indices, values, scale = checked(rows, table)
+    return jnp.where(indices < 0, MISTAKE, indices), values, scale
+
+
+def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array, Array]:
+    """Indices as int32, values and scale in float32 or wider; indices that name no row of the table are MISTAKE."""
     if not isinstance(rows, RowUpdates):
         raise TypeError(f'expected RowUpdates, as center_rows returns, got {type(rows).__name__}')
     indices, values, guard = jnp.asarray(rows.indices), jnp.asarray(rows.values), jnp.asarray(rows.guard)
@@ -127,8 +139,6 @@ def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array]
             raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
     whole = (guard == GUARD) & (indices < num_classes if num_classes <= jnp.iinfo(indices.dtype).max else True)
     narrow = jnp.where(indices >= 0, jnp.where(whole, indices, 0).astype(jnp.int32), -1)
-    return jnp.where(whole, narrow, MISTAKE), scaled(rows.scale, values.astype(wide(values.dtype)))
-
-
-def scaled(scale: ArrayLike | None, values: Array) -> Array:
-    return values if scale is None else jnp.asarray(scale)[:, None] * values
+    values = values.astype(wide(values.dtype))
+    scale = jnp.ones(indices.shape, values.dtype) if rows.scale is None else jnp.asarray(rows.scale)
+    return jnp.where(whole, narrow, MISTAKE), values, scale

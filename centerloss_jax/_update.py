@@ -9,11 +9,11 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from centerloss_jax._blocks import BLOCK, squared_norm_of_sums
-from centerloss_jax._groups import group_rows
+from centerloss_jax._blocks import squared_norm
+from centerloss_jax._groups import class_sizes, group_rows
 from centerloss_jax._lookup import MISTAKE, type_name
-from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
-from centerloss_jax._rows import RowUpdates, checked
+from centerloss_jax._mesh import check_axis_name, gather_devices, replicate, take_rows
+from centerloss_jax._rows import RowUpdates, checked, in_table
 
 Alpha = float | Array | optax.Schedule
 
@@ -49,8 +49,8 @@ def center_update(
         replicated before they are scattered, which keeps the table from travelling. Explicit axes need neither.
 
     Returns:
-      An `optax.GradientTransformation` from RowUpdates `[N, D]` to RowUpdates: one row a class that moves, padded to N
-      (under axis_name, to the N of all devices). Its state is `CenterUpdateState(count, left_out, step_norm)`.
+      An `optax.GradientTransformation` from RowUpdates `[N, D]` to RowUpdates `[N, D]` (under axis_name, the N of all
+      devices): those of one class add up to its move. Its state is `CenterUpdateState(count, left_out, step_norm)`.
 
     Raises:
       ValueError: if alpha is a number outside [0, 1].
@@ -107,26 +107,47 @@ def center_update(
 
 
 def _move(rows, table, rate, axis_name, mesh) -> tuple[RowUpdates, Array, Array]:
-    indices, values = checked(rows, table)
+    indices, values, scale = checked(rows, table)
     if axis_name is not None:
-        indices, values = gather_devices(indices, axis_name), gather_devices(values, axis_name)
-    indices, values = replicate((indices, values), mesh)
-    usable = (indices >= 0) & (indices < MISTAKE) & jnp.isfinite(values).all(axis=-1)
+        indices, values, scale = (gather_devices(a, axis_name) for a in (indices, values, scale))
+    indices, values, scale = replicate((indices, values, scale), mesh)
+    # The loss has squared the values already, and a compiler does it once.
+    squares = jnp.square(scale) * jnp.sum(jnp.square(values), axis=-1)
+    finite = jax.lax.platform_dependent(values, scale, squares, cpu=_finite_by_squares, default=_finite)
+    usable = (indices >= 0) & (indices < MISTAKE) & finite
     left_out = jnp.sum((indices >= 0) & ~usable, dtype=jnp.int32)
     indices = jnp.where(usable, indices, MISTAKE)
-    groups = group_rows(indices)
+    num_classes = None if table is None else table.shape[0]
+    factor = jnp.where(usable, -rate / (1 + class_sizes(indices, num_classes).astype(values.dtype)), 0)
     # Scaled before they are summed, so that many large rows of one class stay finite.
-    scale = jnp.where(usable, (-rate / (1 + groups.size.astype(values.dtype)))[groups.group], 0)
+    scale = jnp.where(usable, factor * scale, 0)
 
-    def together(values, scale):
-        total = groups.sum(jnp.where(scale[:, None] == 0, 0, scale[:, None] * values))
-        return groups.indices, total, jnp.ones_like(scale), jnp.sum(jnp.square(total))
+    def together(values, scale, squares):
+        del squares
+        groups = group_rows(indices)
+        scale = scale[groups.order][:, None]
+        names, total = groups.sums(jnp.where(scale == 0, 0, scale * take_rows(values, groups.order)))
+        return names, total, jnp.ones_like(factor), jnp.sum(jnp.square(total))
 
-    def apart(values, scale):
-        return indices, values, scale, squared_norm_of_sums(groups.order, groups.group, values, scale)
+    def apart(values, scale, squares):
+        # The same arrays as in `table + rows`, so that a compiler sorts and sums them once for both.
+        same = in_table(RowUpdates(indices, values, scale=scale), table)
+        return indices, values, scale, squared_norm(*same, jnp.square(factor) * squares, num_classes)
 
-    if indices.shape[0] <= BLOCK:
-        indices, total, _, square = together(values, scale)
-        return RowUpdates(indices, total), left_out, square
-    indices, values, scale, square = jax.lax.platform_dependent(values, scale, cpu=apart, default=together)
+    if rows.scale is None or indices.size == 0:
+        indices, values, _, square = together(values, scale, squares)
+        return RowUpdates(indices, values), left_out, square
+    moved = jax.lax.platform_dependent(values, scale, squares, cpu=apart, default=together)
+    indices, values, scale, square = moved
     return RowUpdates(indices, values, scale=scale), left_out, square
+
+
+def _finite(values: Array, scale: Array, squares: Array) -> Array:
+    del squares
+    return jnp.isfinite(scale[:, None] * values).all(axis=-1)
+
+
+def _finite_by_squares(values: Array, scale: Array, squares: Array) -> Array:
+    """The same: only where a square is not finite is it worth a pass over the values."""
+    finite = jnp.isfinite(squares)
+    return jax.lax.cond(finite.all(), lambda *_: finite, _finite, values, scale, squares)
