@@ -12,7 +12,7 @@ from jax import Array
 
 from centerloss_jax._groups import Groups, as_before, group_rows, neighbours
 from centerloss_jax._lookup import MISTAKE
-from centerloss_jax._mesh import add_rows, take_rows
+from centerloss_jax._mesh import add_rows, take_rows, vary_as
 
 # Numbers in a block: 256 KB of float32, a part of a core's cache.
 BLOCK = 2**16
@@ -28,10 +28,9 @@ def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -
         sums = _sums(indices, values, scale, table.shape[0])
         return add_rows(table, jnp.arange(table.shape[0], dtype=jnp.int32), sums.astype(table.dtype))
     rows = _Rows.repeated_first(indices, values, scale).in_whole_blocks()
-    # The first block stands before the loops, whose carry then varies over the devices of a shard_map as the rows do.
-    singles = jnp.maximum(1, rows.num_blocks_with_repeated())
-    table = _add_sums(table, rows.block(0))
-    table = jax.lax.fori_loop(1, singles, lambda i, table: _add_sums(table, rows.block(i)), table)
+    table = vary_as(table, values)
+    singles = rows.num_blocks_with_repeated()
+    table = jax.lax.fori_loop(0, singles, lambda i, table: _add_sums(table, rows.block(i)), table)
     return jax.lax.fori_loop(singles, rows.num_blocks(), lambda i, table: _add(table, rows.block(i)), table)
 
 
@@ -57,15 +56,14 @@ def squared_norm(indices: Array, values: Array, scale: Array, squares: Array, nu
         total += jnp.sum(jnp.square(sums)) + 2 * jnp.sum(before * sums[0])
         return total, sums[group[-1]] + jnp.where(group[-1] == 0, before, 0), block.indices[-1]
 
-    # Of no rows, and so varying over the devices of a shard_map as the rows do.
-    begun = alone, jnp.sum(values[:0], axis=0), jnp.min(indices[:0], initial=-1)
+    begun = alone, vary_as(jnp.zeros(values.shape[1], values.dtype), values), vary_as(jnp.int32(-1), indices)
     return jax.lax.fori_loop(0, rows.num_blocks_with_repeated(), add_block, begun)[0]
 
 
 def _sums(indices: Array, values: Array, scale: Array, num_classes: int) -> Array:
     """[C, D], the sum of the rows of each class."""
     rows = _Rows(indices, jnp.arange(indices.size, dtype=jnp.int32), scale, values).in_whole_blocks()
-    begun = jnp.sum(values[:0], axis=0) + jnp.zeros((num_classes, 1), values.dtype)  # varies as the rows do
+    begun = vary_as(jnp.zeros((num_classes, values.shape[1]), values.dtype), values)
     return jax.lax.fori_loop(0, rows.num_blocks(), lambda i, sums: _add(sums, rows.block(i)), begun)
 
 

@@ -1,6 +1,6 @@
 """Rows of one class together: what Eq. 4 counts, and what is summed before it is rounded."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,8 +20,9 @@ class Groups(NamedTuple):
 
         There are at most N groups, so both keep the length N. Beyond the last group the index is MISTAKE.
         """
-        indices = jnp.full_like(self.indices, MISTAKE).at[self.group].set(self.indices, mode='promise_in_bounds')
-        return indices, jnp.zeros_like(values).at[self.group].add(values, mode='promise_in_bounds')
+        hints: Any = {'mode': 'promise_in_bounds', 'indices_are_sorted': True}
+        indices = jnp.full_like(self.indices, MISTAKE).at[self.group].set(self.indices, **hints)
+        return indices, jnp.zeros_like(values).at[self.group].add(values, **hints)
 
 
 def group_rows(indices: Array) -> Groups:

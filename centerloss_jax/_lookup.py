@@ -14,7 +14,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from centerloss_jax._mesh import take_rows
+from centerloss_jax._mesh import take_first, take_rows
 
 AnyArray = np.ndarray | Array  # on the host or on a device
 
@@ -32,11 +32,20 @@ class Rows(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """A batch beside its centers, in float32 or wider."""
+    """A batch beside its centers."""
 
-    difference: Array  # [..., D] c_y - x, and 0 where the example is not valid
-    weights: Array | None  # labels.shape + (1,) or [..., D], and 0 likewise
+    x: Array  # [..., D]
+    own: Array  # [..., D], the center of each example's class
+    weights: Array | None  # labels.shape + (1,) or [..., D], in float32 or wider; 0 where the example is not valid
     rows: Rows
+
+    def difference(self) -> Array:
+        """[..., D] c_y - x in float32 or wider, and 0 where the example is not valid.
+
+        What is left out is masked before the arithmetic, so that a NaN it holds enters no value and no gradient.
+        """
+        dtype, mask = wide(self.x.dtype, self.own.dtype), self.rows.valid[..., None]
+        return jnp.where(mask, self.own.astype(dtype), 0) - jnp.where(mask, self.x.astype(dtype), 0)
 
 
 def check_table(centers: ArrayLike, name: str = 'centers') -> Array:
@@ -175,24 +184,16 @@ def examples(
     where: ArrayLike | None,
     weights: ArrayLike | None,
 ) -> Examples:
-    """Checks a batch and sets it beside its centers: one gather, then one broadcast difference.
-
-    What is left out is masked before the arithmetic, so that a NaN it holds enters no value and no gradient.
-    """
+    """Checks a batch and sets it beside its centers, by one gather."""
     centers = check_table(centers)
     x = check_features(x, centers.shape[1])
     rows = rows_of(labels, where, centers.shape[0], x.shape[:-1])
-    dtype = wide(x.dtype, centers.dtype)
-    own = take_rows(centers, jnp.where(rows.valid, rows.indices, 0)).astype(dtype)
-    mask = rows.valid[..., None]
-    difference = jnp.where(mask, own, 0) - jnp.where(mask, x.astype(dtype), 0)
-    # A row that only pads the table for a mesh holds Inf: its label is as far beyond the classes as any. The difference
-    # shows it, and is at hand; without the barrier the gradient would look for it again in each of its numbers.
-    padding = jax.lax.optimization_barrier(rows.valid & jnp.isposinf(difference[..., 0]) & jnp.isfinite(x[..., 0]))
+    place = jnp.where(rows.valid, rows.indices, 0)
+    # A row that only pads the table for a mesh holds Inf: its label is as far beyond the classes as any.
+    padding = rows.valid & jnp.isposinf(take_first(centers, place))
     valid = rows.valid & ~padding
     rows = Rows(jnp.where(padding, MISTAKE, rows.indices), rows.counted, valid)
-    mask = valid[..., None]
-    difference = jnp.where(mask, difference, jax.lax.stop_gradient(difference))
+    own = take_rows(centers, place)
     if weights is not None:
         weights = jnp.asarray(weights)
         if weights.shape not in (valid.shape, x.shape):
@@ -201,6 +202,6 @@ def examples(
             )
         if jnp.issubdtype(weights.dtype, jnp.complexfloating):
             raise TypeError(f'weights must be real numbers, got {type_name(weights)}')
-        weights = weights.astype(dtype)
-        weights = jnp.where(mask, weights if weights.shape == x.shape else weights[..., None], 0)
-    return Examples(difference, weights, rows)
+        weights = weights.astype(wide(x.dtype, centers.dtype))
+        weights = jnp.where(valid[..., None], weights if weights.shape == x.shape else weights[..., None], 0)
+    return Examples(x, own, weights, rows)

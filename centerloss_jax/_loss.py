@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from centerloss_jax._lookup import Examples, examples
+from centerloss_jax._lookup import Examples, examples, wide
 from centerloss_jax._mesh import check_axis_name
 from centerloss_jax._rows import RowUpdates
 
@@ -159,31 +159,68 @@ def center_loss_and_rows(
       Wen et al., ECCV 2016, Eq. 2 and 4.
     """
     batch = examples(x, centers, labels, where, weights)
+    if reduce_fn is jnp.mean and weights is None:
+        return _mean_and_rows(batch, axis_name)
     return _reduce(batch, reduce_fn, axis_name), _rows(batch)
 
 
 def _reduce(batch: Examples, reduce_fn: ReduceFn | None, axis_name: AxisName | None) -> Array:
-    if axis_name is not None:
-        if reduce_fn is not jnp.mean:
-            raise ValueError('axis_name goes with reduce_fn=jnp.mean alone: it sets the denominator of the mean')
-        check_axis_name(axis_name)
+    if axis_name is not None and reduce_fn is not jnp.mean:
+        raise ValueError('axis_name goes with reduce_fn=jnp.mean alone: it sets the denominator of the mean')
     if reduce_fn is not None and not callable(reduce_fn):
         raise TypeError(f'reduce_fn must be a function such as jnp.sum, or None, got {reduce_fn!r}')
-    squares = jnp.square(batch.difference)
+    squares = jnp.square(batch.difference())
     per_example = jnp.sum(squares if batch.weights is None else batch.weights * squares, axis=-1)
-    counted = batch.rows.counted
-    per_example = jnp.where(counted & ~batch.rows.valid, jnp.nan, per_example)
-    if reduce_fn is None:
-        return per_example
-    if reduce_fn is not jnp.mean:
-        return reduce_fn(per_example)
-    count = jnp.sum(counted, dtype=jnp.int32).astype(per_example.dtype)
+    per_example = jnp.where(batch.rows.counted & ~batch.rows.valid, jnp.nan, per_example)
+    if reduce_fn is jnp.mean:
+        return jnp.sum(per_example) / _count(batch, axis_name)
+    return per_example if reduce_fn is None else reduce_fn(per_example)
+
+
+def _count(batch: Examples, axis_name: AxisName | None) -> Array:
+    """What the mean divides by."""
+    count = jnp.sum(batch.rows.counted, dtype=jnp.int32).astype(wide(batch.x.dtype, batch.own.dtype))
     if axis_name is not None:
+        check_axis_name(axis_name)
         count = jax.lax.pmean(count, axis_name)
-    return jnp.sum(per_example) / jnp.where(count > 0, count, 1)
+    return jnp.where(count > 0, count, 1)
 
 
 def _rows(batch: Examples) -> RowUpdates:
-    values = batch.difference if batch.weights is None else batch.weights * batch.difference
+    values = batch.difference() if batch.weights is None else batch.weights * batch.difference()
+    return _as_rows(batch, values, jnp.ones([], values.dtype))
+
+
+def _as_rows(batch: Examples, values: Array, scale: Array) -> RowUpdates:
     values = jax.lax.stop_gradient(values.reshape(-1, values.shape[-1]))
-    return RowUpdates(batch.rows.indices.reshape(-1), values, scale=jnp.ones(len(values), values.dtype))
+    return RowUpdates(batch.rows.indices.reshape(-1), values, scale=jnp.broadcast_to(scale, values.shape[:1]))
+
+
+def _mean_and_rows(batch: Examples, axis_name: AxisName | None) -> tuple[Array, RowUpdates]:
+    """The same from one array: the gradient of the loss for x, of which the rows are a multiple."""
+    count = _count(batch, axis_name)
+    loss, gradient = _mean_square(batch.x, batch.own, batch.rows.valid, count)
+    mistake = (batch.rows.counted & ~batch.rows.valid).any()
+    return loss + jnp.where(mistake, jnp.nan, 0), _as_rows(batch, gradient, -count / 2)
+
+
+@jax.custom_jvp
+def _mean_square(x: Array, own: Array, valid: Array, count: Array) -> tuple[Array, Array]:
+    """(1/n) sum |x - c|^2 over the valid examples, and its gradient for x, 2 (x - c) / n.
+
+    Autodiff would write another array for the gradient. Here it is the array that the loss is computed from, and so
+    that it stays one, barriers keep a compiler from computing it again for each use.
+    """
+    mask, dtype = valid[..., None], count.dtype
+    difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own.astype(dtype), 0)
+    gradient = jax.lax.optimization_barrier(difference * (2 / count))
+    per_example = jax.lax.optimization_barrier(jnp.sum(jnp.square(gradient), axis=-1))
+    return jnp.sum(per_example) * (count / 4), gradient
+
+
+@_mean_square.defjvp
+def _mean_square_jvp(primals, tangents):
+    (_, _, valid, count), (x, own, _, _) = primals, tangents
+    loss, gradient = _mean_square(*primals)
+    change = x.astype(count.dtype) - own.astype(count.dtype)
+    return (loss, gradient), (jnp.sum(gradient * change), jnp.where(valid[..., None], change, 0) * (2 / count))

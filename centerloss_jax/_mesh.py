@@ -21,6 +21,16 @@ def take_rows(table: Array, indices: Array) -> Array:
     return table.at[indices].get(mode='promise_in_bounds', out_sharding=out)
 
 
+def take_first(table: Array, indices: Array) -> Array:
+    """The first number of each of these rows."""
+    sharding = jax.typeof(indices).sharding
+    out = None
+    if _has(AxisType.Explicit, sharding.mesh) or _has(AxisType.Explicit, jax.typeof(table).sharding.mesh):
+        mesh = sharding.mesh if _has(AxisType.Explicit, sharding.mesh) else jax.typeof(table).sharding.mesh
+        out = NamedSharding(mesh, P(*sharding.spec))
+    return table.at[indices, 0].get(mode='promise_in_bounds', out_sharding=out)
+
+
 def add_rows(table: Array, indices: Array, values: Array) -> Array:
     """table with values added to its rows, laid out as the table is; rows beyond the table are dropped."""
     sharding = jax.typeof(table).sharding
@@ -66,6 +76,12 @@ def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     on_devices = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
     return jax.lax.all_gather(a, axis_name, tiled=True, to='invarying' if on_devices else 'varying')
+
+
+def vary_as(a: Array, other: Array) -> Array:
+    """The same, and under shard_map free to differ between the devices where `other` may: what a loop carries must."""
+    names = jax.typeof(other).manual_axis_type.varying - jax.typeof(a).manual_axis_type.varying
+    return jax.lax.pcast(a, tuple(names), to='varying') if names else a
 
 
 def check_axis_name(axis_name: str | tuple[str, ...]) -> None:

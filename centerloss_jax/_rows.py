@@ -17,8 +17,8 @@ from centerloss_jax._mesh import add_rows, set_rows, take_rows
 GUARD = -700_000_001
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(eq=False, init=False)
 class RowUpdates:
     r"""A sparse `[C, D]` array that stands where a gradient or an update of a table would.
 
@@ -35,9 +35,10 @@ class RowUpdates:
     Attributes:
       indices: integers `[N]`, rows of the table.
       values: floating point `[N, D]`.
-      guard: int32 `[]`, a constant. It is not for users: arithmetic on the rows makes it something else.
-      scale: floating point `[N]`, or None for ones. The row is `scale * values`; `center_update` leaves the product to
-        where the row is added, since on CPUs another [N, D] array costs more than all else.
+
+    The rest is not for users. `guard` int32 `[]` is a constant, and arithmetic on the rows makes it something else.
+    `unscaled` `[N, D]` and `scale` `[N]`, or None for ones, have the values as their product: on a CPU a fresh [N, D]
+    array costs more than its arithmetic, so the gradient of the loss, the rows and the move share one, up to a factor.
 
     Example:
       >>> import centerloss_jax as clj
@@ -48,9 +49,32 @@ class RowUpdates:
     """
 
     indices: ArrayLike
-    values: ArrayLike
-    guard: ArrayLike = dataclasses.field(default=np.int32(GUARD), kw_only=True)
-    scale: ArrayLike | None = dataclasses.field(default=None, kw_only=True)
+    unscaled: ArrayLike
+    guard: ArrayLike
+    scale: ArrayLike | None
+
+    def __init__(
+        self,
+        indices: ArrayLike,
+        values: ArrayLike,
+        *,
+        guard: ArrayLike = np.int32(GUARD),  # noqa: B008
+        scale: ArrayLike | None = None,
+    ):
+        self.indices, self.unscaled, self.guard, self.scale = indices, values, guard, scale
+
+    @property
+    def values(self) -> ArrayLike:
+        return self.unscaled if self.scale is None else jnp.asarray(self.scale)[:, None] * self.unscaled
+
+    def tree_flatten_with_keys(self):
+        names = 'indices', 'unscaled', 'guard', 'scale'
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        indices, unscaled, guard, scale = leaves
+        return cls(indices, unscaled, guard=guard, scale=scale)
 
     # Without it a NumPy table would add the rows up elementwise by itself.
     __array_ufunc__ = None
@@ -116,10 +140,13 @@ def in_table(rows: RowUpdates, table: Array | None) -> tuple[Array, Array, Array
 
 
 def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array, Array]:
-    """Indices as int32, values and scale in float32 or wider; indices that name no row of the table are MISTAKE."""
+    """Indices as int32, unscaled values in float32 or wider, and their scale.
+
+    Indices that name no row of the table are MISTAKE.
+    """
     if not isinstance(rows, RowUpdates):
         raise TypeError(f'expected RowUpdates, as center_rows returns, got {type(rows).__name__}')
-    indices, values, guard = jnp.asarray(rows.indices), jnp.asarray(rows.values), jnp.asarray(rows.guard)
+    indices, values, guard = jnp.asarray(rows.indices), jnp.asarray(rows.unscaled), jnp.asarray(rows.guard)
     if not jnp.issubdtype(indices.dtype, jnp.integer) or not jnp.issubdtype(guard.dtype, jnp.integer):
         raise TypeError(
             f'the indices of RowUpdates must be integers, got {type_name(indices)}: rows are not gradients, and these '

@@ -23,7 +23,7 @@ class Costs(NamedTuple):
 
     table: float  # s D C/k: its part of the table, which the step updates in place
     dense: float  # 4 times that: the same table with a dense gradient and the two moments of Adam
-    temporaries: float  # 4 s B D at most, whatever C is
+    temporaries: float  # 2 s B D at most, whatever C is
     traffic: float  # a step's reads and writes of its memory, caches and temporaries left aside
     network: float  # what it receives in a step
 
@@ -46,7 +46,7 @@ def step_costs(
     gathered = 2 * batch_size if n > 1 else 0
     traffic = row * (3 * batch_size / n + 2 * batch_size / k + gathered)
     network = row * (2 * (k - 1) / k * batch_size / data + (n - 1) / n * batch_size)
-    return Costs(table, 4 * table, 4 * batch_size * row, traffic, network)
+    return Costs(table, 4 * table, 2 * batch_size * row, traffic, network)
 
 
 @dataclasses.dataclass(frozen=True)

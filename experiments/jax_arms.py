@@ -81,7 +81,7 @@ def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
     def steps():
         nonlocal table, state
         while True:
-            table, state, *rest = compiled(table, state, *batch)
+            table, state, *rest = jitted(table, state, *batch)
             yield jax.block_until_ready((table, rest))
 
     cost = compiled.cost_analysis() or {}

@@ -31,7 +31,7 @@ class TestModule:
         (loss, rows), variables = center.init_with_output(jax.random.key(0), self.x, self.labels)
         assert loss == 4.75
         assert jax.tree.map(jnp.shape, variables) == {'centers': {'centers': (3, 2)}}
-        expected = clj.center_rows(self.x, worked_example.centers, self.labels)
+        _, expected = clj.center_loss_and_rows(self.x, worked_example.centers, self.labels)
         chex.assert_trees_all_equal(rows, expected)
 
     def test_passes_every_option_on(self):

@@ -103,8 +103,8 @@ def table_step(loss_and_rows, table, state, x, labels):
     return optax.apply_updates(table, updates), state, loss, gradient
 
 
-def table_program(loss_and_rows, num_classes, dtype=jnp.float32):
-    arrays = shapes(((num_classes, 512), dtype), ((256, 512), dtype), ((256,), jnp.int32))
+def table_program(loss_and_rows, num_classes, dtype=jnp.float32, size=256):
+    arrays = shapes(((num_classes, 512), dtype), ((size, 512), dtype), ((size,), jnp.int32))
     state = jax.eval_shape(clj.center_update().init, arrays[0])
     return memory(jax.jit(partial(table_step, loss_and_rows), donate_argnums=0), arrays[0], state, *arrays[1:])
 
@@ -114,6 +114,11 @@ def test_temporaries_do_not_depend_on_the_number_of_classes(loss_and_rows):
     few, many, most = (table_program(loss_and_rows, c) for c in (1_000, 100_000, 1_000_000))
     assert few.temp_size_in_bytes == many.temp_size_in_bytes == most.temp_size_in_bytes < 8 * MB
     assert most.alias_size_in_bytes >= 1_000_000 * 512 * 4
+
+
+@pytest.mark.parametrize('num_classes', [1_000, 1_000_000])
+def test_gradient_rows_and_move_share_one_array(num_classes):
+    assert table_program(one_lookup, num_classes, size=4096).temp_size_in_bytes < 0.6 * 4096 * 512 * 4
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason='JAX 0.10 converts a bfloat16 table to float32 on CPUs')

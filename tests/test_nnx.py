@@ -37,7 +37,8 @@ class TestModule:
         )
         loss, rows = center(self.x, self.labels)
         assert loss == 4.75
-        chex.assert_trees_all_equal(rows, clj.center_rows(self.x, worked_example.centers, self.labels))
+        _, expected = clj.center_loss_and_rows(self.x, worked_example.centers, self.labels)
+        chex.assert_trees_all_equal(rows, expected)
 
     def test_passes_every_option_on(self):
         center, labels = clj.nnx.CenterLoss(3, 2, rngs=nnx.Rngs(0)), np.array([0, 2, 1, -1])
