@@ -18,6 +18,11 @@ from centerloss_jax._mesh import add_rows, take_rows, vary_as
 BLOCK = 2**16
 
 
+def sums_by_index(indices: Array, values: Array, scale: Array) -> tuple[Array, Array]:
+    """Each index once, and beyond them MISTAKE, with the sum of its rows scale * values. They keep the length N."""
+    return _Rows.by_index(indices, values, scale).sums()
+
+
 def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -> Array:
     """table with scale * values added to its rows; those beyond the table are dropped.
 
@@ -76,10 +81,15 @@ class _Rows(NamedTuple):
     values: Array  # [M, D]
 
     @classmethod
+    def by_index(cls, indices: Array, values: Array, scale: Array) -> '_Rows':
+        """Rows of one index as neighbours."""
+        order, indices, _ = group_rows(indices)
+        return cls(indices, order, scale[order], values)
+
+    @classmethod
     def repeated_first(cls, indices: Array, values: Array, scale: Array) -> '_Rows':
         """Rows of one index as neighbours, those that are repeated before those that are not."""
-        order, indices, _ = group_rows(indices)
-        rows = cls(indices, order, scale[order], values)
+        rows = cls.by_index(indices, values, scale)
         repeated = rows.repeated()
         front = jnp.cumsum(repeated, dtype=jnp.int32)
         place = jnp.where(repeated, front - 1, front[-1] + jnp.arange(front.size, dtype=jnp.int32) - front)

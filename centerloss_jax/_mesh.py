@@ -13,22 +13,21 @@ from jax.sharding import PartitionSpec as P
 
 def take_rows(table: Array, indices: Array) -> Array:
     """table[indices] for indices that are rows of the table. [..., D], laid out over the devices as the indices are."""
-    sharding = jax.typeof(indices).sharding
-    out = None
-    if _has(AxisType.Explicit, sharding.mesh) or _has(AxisType.Explicit, jax.typeof(table).sharding.mesh):
-        mesh = sharding.mesh if _has(AxisType.Explicit, sharding.mesh) else jax.typeof(table).sharding.mesh
-        out = NamedSharding(mesh, P(*sharding.spec, None))
-    return table.at[indices].get(mode='promise_in_bounds', out_sharding=out)
+    return table.at[indices].get(mode='promise_in_bounds', out_sharding=_as_indices(table, indices, None))
 
 
 def take_first(table: Array, indices: Array) -> Array:
     """The first number of each of these rows."""
+    return table.at[indices, 0].get(mode='promise_in_bounds', out_sharding=_as_indices(table, indices))
+
+
+def _as_indices(table: Array, indices: Array, *more: None) -> NamedSharding | None:
+    """On Explicit axes the layout of the indices, and of more axes."""
     sharding = jax.typeof(indices).sharding
-    out = None
-    if _has(AxisType.Explicit, sharding.mesh) or _has(AxisType.Explicit, jax.typeof(table).sharding.mesh):
-        mesh = sharding.mesh if _has(AxisType.Explicit, sharding.mesh) else jax.typeof(table).sharding.mesh
-        out = NamedSharding(mesh, P(*sharding.spec))
-    return table.at[indices, 0].get(mode='promise_in_bounds', out_sharding=out)
+    for mesh in (sharding.mesh, jax.typeof(table).sharding.mesh):
+        if _has(AxisType.Explicit, mesh):
+            return NamedSharding(mesh, P(*sharding.spec, *more))
+    return None
 
 
 def add_rows(table: Array, indices: Array, values: Array) -> Array:

@@ -8,8 +8,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from centerloss_jax._blocks import add_scaled_rows
-from centerloss_jax._groups import group_rows
+from centerloss_jax._blocks import add_scaled_rows, sums_by_index
 from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
 from centerloss_jax._mesh import add_rows, set_rows, take_rows
 
@@ -91,8 +90,7 @@ class RowUpdates:
                 table, indices, values, scale, cpu=add_scaled_rows, default=_add_scaled_rows_at_once
             )
         # In a narrow dtype each addition rounds: sum a class's rows first, in float32, and round once.
-        groups = group_rows(indices)
-        indices, values = groups.sums(take_rows(scale[:, None] * values, groups.order))
+        indices, values = sums_by_index(indices, values, scale)
         old = take_rows(table, jnp.where(indices < table.shape[0], indices, 0))
         return set_rows(table, indices, (old + values).astype(table.dtype))
 

@@ -9,10 +9,10 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from centerloss_jax._blocks import squared_norm
-from centerloss_jax._groups import class_sizes, group_rows
+from centerloss_jax._blocks import squared_norm, sums_by_index
+from centerloss_jax._groups import class_sizes
 from centerloss_jax._lookup import MISTAKE, type_name
-from centerloss_jax._mesh import check_axis_name, gather_devices, replicate, take_rows
+from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
 from centerloss_jax._rows import RowUpdates, checked, in_table
 
 Alpha = float | Array | optax.Schedule
@@ -118,21 +118,19 @@ def _move(rows, table, rate, axis_name, mesh) -> tuple[RowUpdates, Array, Array]
     left_out = jnp.sum((indices >= 0) & ~usable, dtype=jnp.int32)
     indices = jnp.where(usable, indices, MISTAKE)
     num_classes = None if table is None else table.shape[0]
-    factor = jnp.where(usable, -rate / (1 + class_sizes(indices, num_classes).astype(values.dtype)), 0)
+    # As `table + rows` names them, so that a compiler sorts and sums once for all.
+    names, _, _ = in_table(RowUpdates(indices, values), table)
+    factor = jnp.where(usable, -rate / (1 + class_sizes(names, num_classes).astype(values.dtype)), 0)
     # Scaled before they are summed, so that many large rows of one class stay finite.
     scale = jnp.where(usable, factor * scale, 0)
 
     def together(values, scale, squares):
         del squares
-        groups = group_rows(indices)
-        scale = scale[groups.order][:, None]
-        names, total = groups.sums(jnp.where(scale == 0, 0, scale * take_rows(values, groups.order)))
-        return names, total, jnp.ones_like(factor), jnp.sum(jnp.square(total))
+        unique, total = sums_by_index(names, values, scale)
+        return unique, total, jnp.ones_like(factor), jnp.sum(jnp.square(total))
 
     def apart(values, scale, squares):
-        # The same arrays as in `table + rows`, so that a compiler sorts and sums them once for both.
-        same = in_table(RowUpdates(indices, values, scale=scale), table)
-        return indices, values, scale, squared_norm(*same, jnp.square(factor) * squares, num_classes)
+        return indices, values, scale, squared_norm(names, values, scale, jnp.square(factor) * squares, num_classes)
 
     if rows.scale is None or indices.size == 0:
         indices, values, _, square = together(values, scale, squares)
