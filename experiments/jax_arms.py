@@ -81,8 +81,9 @@ def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
     def steps():
         nonlocal table, state
         while True:
-            table, state, *rest = jitted(table, state, *batch)
-            yield jax.block_until_ready((table, rest))
+            table, state, loss, gradient = jitted(table, state, *batch)
+            yield jax.block_until_ready((table, loss, gradient))
+            del loss, gradient  # or the next step could not have their memory
 
     cost = compiled.cost_analysis() or {}
     return Arm(steps(), compiled.memory_analysis().temp_size_in_bytes, cost.get('bytes accessed'))
