@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from centerloss_jax._groups import Groups, as_before, group_rows, neighbours
+from centerloss_jax._groups import class_sizes, group_numbers, repeated_rows, sort_rows, sums_by_group
 from centerloss_jax._lookup import MISTAKE
 from centerloss_jax._mesh import add_rows, take_rows, vary_as
 
@@ -20,7 +20,8 @@ BLOCK = 2**16
 
 def sums_by_index(indices: Array, values: Array, scale: Array) -> tuple[Array, Array]:
     """Each index once, and beyond them MISTAKE, with the sum of its rows scale * values. They keep the length N."""
-    return _Rows.by_index(indices, values, scale).sums()
+    order, indices = sort_rows(indices)
+    return sums_by_group(indices, _scaled(indices, take_rows(values, order), scale[order]))
 
 
 def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -> Array:
@@ -29,14 +30,16 @@ def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -
     The rows of one index are summed before they are added: thousands of small moves that are added to a center one by
     one would each be rounded.
     """
-    if table.shape[0] <= indices.size:
-        sums = _sums(indices, values, scale, table.shape[0])
-        return add_rows(table, jnp.arange(table.shape[0], dtype=jnp.int32), sums.astype(table.dtype))
-    rows = _Rows.repeated_first(indices, values, scale).in_whole_blocks()
-    table = vary_as(table, values)
-    singles = rows.num_blocks_with_repeated()
-    table = jax.lax.fori_loop(0, singles, lambda i, table: _add_sums(table, rows.block(i)), table)
-    return jax.lax.fori_loop(singles, rows.num_blocks(), lambda i, table: _add(table, rows.block(i)), table)
+    rows, num_classes = _Rows(indices, values, scale), table.shape[0]
+    if num_classes <= indices.size:
+        sums = _sums_by_class(rows, num_classes)
+        return add_rows(table, jnp.arange(num_classes, dtype=jnp.int32), sums.astype(table.dtype))
+    alone = rows._replace(indices=jnp.where(class_sizes(indices, num_classes) > 1, MISTAKE, indices))
+    repeated = _Repeated.of(rows)
+    table = alone.add_to(vary_as(table, values))
+    return jax.lax.fori_loop(
+        0, repeated.num_blocks(), lambda i, table: _add(table, *sums_by_group(*repeated.block(i))), table
+    )
 
 
 def squared_norm(indices: Array, values: Array, scale: Array, squares: Array, num_classes: int | None) -> Array:
@@ -44,100 +47,85 @@ def squared_norm(indices: Array, values: Array, scale: Array, squares: Array, nu
 
     squares [N] are |scale * values|^2, which is all that it takes of a row whose index is not repeated.
     """
+    rows = _Rows(indices, values, scale)
     if num_classes is not None and num_classes <= indices.size:
-        return jnp.sum(jnp.square(_sums(indices, values, scale, num_classes)))
-    rows = _Rows.repeated_first(indices, values, scale)
-    repeated = rows.repeated()
-    alone = jnp.sum(jnp.where(repeated | (rows.scale == 0), 0, squares[rows.order]))
-    rows = rows._replace(scale=jnp.where(repeated, rows.scale, 0)).in_whole_blocks()
+        return jnp.sum(jnp.square(_sums_by_class(rows, num_classes)))
+    alone = (class_sizes(indices, num_classes) == 1) & (indices < MISTAKE)
+    repeated = _Repeated.of(rows)
 
     def add_block(i, so_far):
         total, last, last_index = so_far
-        block = rows.block(i)
-        group = block.groups().group
-        _, sums = block.sums()
+        indices, values = repeated.block(i)
+        end = group_numbers(indices)[-1]
+        _, sums = sums_by_group(indices, values)
         # The first group may have begun in the block before: |a + b|^2 adds 2 a.b.
-        before = jnp.where(block.indices[0] == last_index, last, 0)
+        before = jnp.where(indices[0] == last_index, last, 0)
         total += jnp.sum(jnp.square(sums)) + 2 * jnp.sum(before * sums[0])
-        return total, sums[group[-1]] + jnp.where(group[-1] == 0, before, 0), block.indices[-1]
+        return total, sums[end] + jnp.where(end == 0, before, 0), indices[-1]
 
-    begun = alone, vary_as(jnp.zeros(values.shape[1], values.dtype), values), vary_as(jnp.int32(-1), indices)
-    return jax.lax.fori_loop(0, rows.num_blocks_with_repeated(), add_block, begun)[0]
-
-
-def _sums(indices: Array, values: Array, scale: Array, num_classes: int) -> Array:
-    """[C, D], the sum of the rows of each class."""
-    rows = _Rows(indices, jnp.arange(indices.size, dtype=jnp.int32), scale, values).in_whole_blocks()
-    begun = vary_as(jnp.zeros((num_classes, values.shape[1]), values.dtype), values)
-    return jax.lax.fori_loop(0, rows.num_blocks(), lambda i, sums: _add(sums, rows.block(i)), begun)
+    begun = jnp.sum(jnp.where(alone, squares, 0)), jnp.zeros(values.shape[1], values.dtype), jnp.int32(-1)
+    begun = tuple(vary_as(a, values) for a in begun)
+    return jax.lax.fori_loop(0, repeated.num_blocks(), add_block, begun)[0]
 
 
 class _Rows(NamedTuple):
-    """N rows, at least one: scale[k] * values[order[k]] for the row indices[k] of a table."""
+    """N rows, at least one: scale[k] * values[k] for the row indices[k] of a table."""
 
     indices: Array  # int32 [N]; those beyond the table stand for nothing
-    order: Array  # int32 [N]
-    scale: Array  # [N]; where it is 0 the row is 0, whatever the values hold
-    values: Array  # [M, D]
+    values: Array  # [N, D]
+    scale: Array  # [N]
 
-    @classmethod
-    def by_index(cls, indices: Array, values: Array, scale: Array) -> '_Rows':
-        """Rows of one index as neighbours."""
-        order, indices, _ = group_rows(indices)
-        return cls(indices, order, scale[order], values)
+    def add_to(self, table: Array) -> Array:
+        """In the order of the rows, a block after the other."""
+        return jax.lax.fori_loop(
+            0, -(-self.indices.size // self.block_size()), lambda i, table: _add(table, *self.block(i)), table
+        )
 
-    @classmethod
-    def repeated_first(cls, indices: Array, values: Array, scale: Array) -> '_Rows':
-        """Rows of one index as neighbours, those that are repeated before those that are not."""
-        rows = cls.by_index(indices, values, scale)
-        repeated = rows.repeated()
-        front = jnp.cumsum(repeated, dtype=jnp.int32)
-        place = jnp.where(repeated, front - 1, front[-1] + jnp.arange(front.size, dtype=jnp.int32) - front)
-        return rows.each(lambda a: jnp.zeros_like(a).at[place].set(a, unique_indices=True, mode='promise_in_bounds'))
-
-    def in_whole_blocks(self) -> '_Rows':
-        missing = -self.indices.size % self.block_size()
-        padded = self.each(lambda a: jnp.pad(a, (0, missing)))
-        return padded._replace(indices=jnp.pad(self.indices, (0, missing), constant_values=MISTAKE))
-
-    def block(self, i: Array | int) -> '_Rows':
-        size = self.block_size()
-        return self.each(lambda a: jax.lax.dynamic_slice_in_dim(a, i * size, size))
+    def block(self, i: Array) -> tuple[Array, Array]:
+        size, num_rows = self.block_size(), self.indices.size
+        # The last block begins where it still is a whole one.
+        start = jnp.minimum(i * size, num_rows - size)
+        indices, values, scale = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in self)
+        new = start + jnp.arange(size, dtype=jnp.int32) >= i * size
+        indices = jnp.where(new, indices, MISTAKE)
+        return indices, scale[:, None] * values
 
     def block_size(self) -> int:
         return min(self.indices.size, max(1, BLOCK // self.values.shape[1]))
 
-    def num_blocks(self) -> int:
-        return self.indices.size // self.block_size()
 
-    def num_blocks_with_repeated(self) -> Array:
-        """The number of blocks up to the last that has repeated rows."""
-        end = jnp.max(jnp.where(self.repeated(), jnp.arange(1, self.indices.size + 1, dtype=jnp.int32), 0))
-        return -(-end // self.block_size())
+class _Repeated(NamedTuple):
+    """Those of the rows whose index is that of another, the rows of one index as neighbours."""
 
-    def repeated(self) -> Array:
-        """bool [N], whether a neighbour has the same index."""
-        before = as_before(self.indices)
-        return (before | jnp.roll(before, -1)) & (self.indices < MISTAKE)
+    rows: _Rows
+    places: Array  # int32 [M], where in `rows`
+    indices: Array  # int32 [M]; MISTAKE beyond the number of rows
+    number: Array  # int32 []
 
-    def each(self, fn) -> '_Rows':
-        return _Rows(fn(self.indices), fn(self.order), fn(self.scale), self.values)
+    @classmethod
+    def of(cls, rows: _Rows) -> '_Repeated':
+        size = rows.block_size()
+        return cls(rows, *repeated_rows(rows.indices, -(-rows.indices.size // size) * size))
 
-    def rows(self) -> Array:
-        scale = self.scale[:, None]
-        return jnp.where(scale == 0, 0, scale * take_rows(self.values, self.order))
+    def block(self, i: Array) -> tuple[Array, Array]:
+        size = self.rows.block_size()
+        places, indices = (jax.lax.dynamic_slice_in_dim(a, i * size, size) for a in (self.places, self.indices))
+        return indices, _scaled(indices, take_rows(self.rows.values, places), self.rows.scale[places])
 
-    def groups(self) -> Groups:
-        return neighbours(self.order, self.indices)
-
-    def sums(self) -> tuple[Array, Array]:
-        return self.groups().sums(self.rows())
+    def num_blocks(self) -> Array:
+        return -(-self.number // self.rows.block_size())
 
 
-def _add(table: Array, rows: _Rows) -> Array:
-    return add_rows(table, rows.indices, rows.rows().astype(table.dtype))
+def _sums_by_class(rows: _Rows, num_classes: int) -> Array:
+    """[C, D], the sum of the rows of each class."""
+    width, dtype = rows.values.shape[1], rows.values.dtype
+    return rows.add_to(vary_as(jnp.zeros((num_classes, width), dtype), rows.values))
 
 
-def _add_sums(table: Array, rows: _Rows) -> Array:
-    indices, sums = rows.sums()
-    return add_rows(table, indices, sums.astype(table.dtype))
+def _scaled(indices: Array, values: Array, scale: Array) -> Array:
+    """scale * values, and 0 where the index stands for nothing, whatever the values hold."""
+    return jnp.where((indices < MISTAKE)[:, None], scale[:, None] * values, 0)
+
+
+def _add(table: Array, indices: Array, values: Array) -> Array:
+    return add_rows(table, indices, values.astype(table.dtype))
