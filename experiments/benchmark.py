@@ -2,7 +2,8 @@
 
 A step is the loss, its gradient for the features, and the centers moved. Writes benchmark.csv and benchmark.png to
 --out. PyTorch takes part if it is installed. On several devices each layout of the table has an arm, or the one that
---mesh or --parallel names.
+--mesh or --parallel names. The arms of a cell take turns, and a copy with them: what else a machine does comes and
+goes, and would fall on one of them alone.
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ from experiments.timing import Timing, bandwidth, keep_freed_memory, measure
 from experiments.training import create_state, train_epoch, train_step
 from experiments.where import Where
 
+TURNS = 3
+SLOW = 2.0  # seconds a step, of which one turn tells enough
 # A step reads x, the centers of the batch and the gradient, and writes the gradient and the centers.
 PASSES = 5
 
@@ -47,8 +50,8 @@ class Config(Where):
     """numbers of classes"""
     feature_dim: int = 512
     """number of feature dimensions"""
-    rounds: int = 6
-    """blocks of eight steps that each figure is the median of"""
+    rounds: int = 4
+    """blocks of eight steps that an arm is timed for in each of three turns"""
     allocator: Literal['default', 'kept', 'both'] = 'both'
     """glibc's settings: as they are, or such that freed memory is kept, or one after the other"""
     out: Path = Path('runs/benchmark')
@@ -67,7 +70,7 @@ class Config(Where):
 def main(config: Config) -> None:
     console = Console(quiet=not processes.first())
     if processes.first():
-        check_folder(config.out)  # before ten minutes are spent
+        check_folder(config.out)  # before a quarter of an hour is spent
     tell = partial(console.print, highlight=False, soft_wrap=True)
     devices = config.start()
     for size in config.batch_sizes:
@@ -83,9 +86,10 @@ def main(config: Config) -> None:
         if allocator != 'default' and not keep_freed_memory():
             tell('the C library is not glibc, so its defaults are all that was measured')
             break
-        speed = bandwidth()
-        tell(f'allocator: {allocator}; a large array is copied at {speed / 1e9:.1f} GB/s, read and write together')
-        measured = measure_all(config, arms, allocator, speed, console)
+        measured = measure_all(config, arms, allocator, console)
+        low, speed, high = np.percentile([row['copy_bytes_per_second'] for row in measured], [0, 50, 100]) / 1e9
+        copied = f'{speed:.0f} GB/s ({low:.0f} to {high:.0f})'
+        tell(f'allocator: {allocator}; a large array is copied at {copied}, read and write together')
         console.print(table(measured))
         rows += measured
     if not processes.first():
@@ -99,45 +103,59 @@ def main(config: Config) -> None:
 
 
 def measure_all(
-    config: Config, arms: dict[str, Callable[[Cell], Arm | None]], allocator: str, speed: float, console: Console
+    config: Config, arms: dict[str, Callable[[Cell], Arm | None]], allocator: str, console: Console
 ) -> list[dict[str, Any]]:
     """A row for each arm that can be measured in each cell."""
     cells = [Cell(b, c, config.feature_dim) for b in config.batch_sizes for c in config.classes]
     rows = []
     columns = TextColumn('{task.description}'), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task('', total=len(cells) * len(arms))
+        task = progress.add_task('', total=len(cells) * len(arms) * TURNS)
+
+        def tell(cell: Cell, arm: str) -> None:
+            progress.update(task, advance=1, description=f'B={cell.batch_size} C={cell.num_classes} {arm}')
+
         for cell in cells:
-            for name, make in arms.items():
-                progress.update(task, description=f'B={cell.batch_size} C={cell.num_classes} {name}')
-                row = measure_one(name, make, cell, config.rounds, speed)
-                if row:
-                    rows.append({'allocator': allocator, **row})
-                progress.advance(task)
+            measured = measure_cell(arms, cell, config.rounds, partial(tell, cell))
+            rows += [{'allocator': allocator, **row} for row in measured]
     return rows
 
 
-def measure_one(
-    name: str, make: Callable[[Cell], Arm | None], cell: Cell, rounds: int, speed: float
-) -> dict[str, Any] | None:
-    """One arm in one cell, its arrays given back after it; None where it does not fit."""
-    arm = make(cell)
-    if arm is None:
-        return None
-    timing = measure(arm.steps, rounds)
-    arm.steps.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
-    temporary, accessed = arm.temporary_bytes, arm.accessed_bytes
-    del arm
-    gc.collect()
+def measure_cell(
+    arms: dict[str, Callable[[Cell], Arm | None]], cell: Cell, rounds: int, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    speeds: list[float] = []
+    blocks: dict[str, list[float]] = {}
+    compiled: dict[str, dict[str, Any]] = {}
+    for turn in range(TURNS):
+        speeds.append(bandwidth())
+        for name, make in arms.items():
+            tell(name)
+            if turn and (name not in blocks or (max(blocks[name]) > SLOW and jax.process_count() == 1)):
+                continue
+            arm = make(cell)
+            if arm is None:
+                continue
+            blocks[name] = blocks.get(name, []) + measure(arm.steps, rounds)
+            compiled[name] = {'temporary_bytes': arm.temporary_bytes, 'accessed_bytes': arm.accessed_bytes}
+            # Its arrays are given back before the next arm comes.
+            arm.steps.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
+            del arm
+            gc.collect()
+    speed = float(np.median(speeds))
     floor = PASSES * cell.batch_size * cell.feature_dim * 4 / speed
-    return {
-        'arm': name,
-        **cell._asdict(),
-        **timing.row(),
-        'times_copy': timing.median / floor,
-        'temporary_bytes': temporary,
-        'accessed_bytes': accessed,
-    }
+    timings = {name: Timing.of(seconds) for name, seconds in blocks.items()}
+    return [
+        {
+            'arm': name,
+            **cell._asdict(),
+            **timing.row(),
+            'times_copy': timing.median / floor,
+            'copy_bytes_per_second': speed,
+            **compiled[name],
+        }
+        for name, timing in timings.items()
+    ]
 
 
 def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
@@ -162,9 +180,9 @@ def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, A
     arms = {'centerloss_jax': Arm(bare())}
     if torch:
         arms['torch'] = torch_arms.toy(torch, images, labels, data.num_classes, 3e-3)
-    timings = {name: measure(arm.steps, config.rounds) for name, arm in arms.items()}
+    timings = {name: Timing.of(measure(arm.steps, TURNS * config.rounds)) for name, arm in arms.items()}
     seconds = []
-    for _ in range(config.rounds):
+    for _ in range(TURNS * config.rounds):
         state, metrics = train_epoch(
             state, step, batches, steps_of(data.train, batch_size), weight, devices, lambda *_: None
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 8  # steps
-PATIENCE = 12.0  # seconds for an arm
+PATIENCE = 4.0  # seconds for an arm
 COPIED = 2**28  # bytes of the array that shows the bandwidth: beyond every cache
 
 
@@ -37,8 +37,8 @@ class Timing:
         return {'step_seconds': self.median, 'low_seconds': self.low, 'high_seconds': self.high}
 
 
-def measure(steps: Iterator[Any], rounds: int) -> Timing:
-    """Times `next(steps)`, which must wait for its own result, in so many blocks of eight; slow steps in fewer.
+def measure(steps: Iterator[Any], rounds: int) -> list[float]:
+    """Times `next(steps)`, which must wait for its own result: seconds a step in so many blocks of eight, or in fewer.
 
     Several processes must take the same steps, however slow these are to one of them.
     """
@@ -48,7 +48,7 @@ def measure(steps: Iterator[Any], rounds: int) -> Timing:
     seconds = [_block(steps, patience / 4)]
     while len(seconds) < rounds and time.perf_counter() - begun < patience:
         seconds.append(_block(steps, patience / 4))
-    return Timing.of(seconds)
+    return seconds
 
 
 def _block(steps: Iterator[Any], patience: float) -> float:
@@ -74,7 +74,7 @@ def bandwidth() -> float:
             other = jax.block_until_ready(copy(other, array))
             yield
 
-    return 2 * COPIED / measure(copies(), rounds=3).median
+    return 2 * COPIED / Timing.of(measure(copies(), rounds=3)).median
 
 
 def keep_freed_memory() -> bool:

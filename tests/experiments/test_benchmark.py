@@ -18,7 +18,7 @@ LAYOUTS = jax_arms.arms(choose('auto')) | jax_arms.arms(choose('auto', MESH), ME
 @pytest.mark.parametrize('arm', LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_layout_takes_the_same_step_and_is_measured_with_its_memory(arm):
     measured = arm(CELL)
-    moved, (loss, gradient) = next(measured.steps)
+    moved, loss, gradient = next(measured.steps)
     x, labels = CELL.batch()
     np.testing.assert_allclose(np.mean(loss), np.mean(np.sum((x - 1) ** 2, axis=1)), rtol=1e-6)
     # Under pmap each device has the gradient of its own mean, and a copy of the table.
