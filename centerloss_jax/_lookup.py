@@ -14,7 +14,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from centerloss_jax._mesh import take_first, take_rows
+from centerloss_jax._mesh import num_rows_before_padding, take_rows
 
 AnyArray = np.ndarray | Array  # on the host or on a device
 
@@ -188,12 +188,10 @@ def examples(
     centers = check_table(centers)
     x = check_features(x, centers.shape[1])
     rows = rows_of(labels, where, centers.shape[0], x.shape[:-1])
-    place = jnp.where(rows.valid, rows.indices, 0)
-    # A row that only pads the table for a mesh holds Inf: its label is as far beyond the classes as any.
-    padding = rows.valid & jnp.isposinf(take_first(centers, place))
-    valid = rows.valid & ~padding
-    rows = Rows(jnp.where(padding, MISTAKE, rows.indices), rows.counted, valid)
-    own = take_rows(centers, place)
+    # The label of a row that only pads the table for a mesh is as far beyond the classes as any.
+    valid = rows.valid & (rows.indices < num_rows_before_padding(centers))
+    rows = Rows(jnp.where(rows.valid & ~valid, MISTAKE, rows.indices), rows.counted, valid)
+    own = take_rows(centers, jnp.where(valid, rows.indices, 0))
     if weights is not None:
         weights = jnp.asarray(weights)
         if weights.shape not in (valid.shape, x.shape):

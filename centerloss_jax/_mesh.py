@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -16,9 +17,15 @@ def take_rows(table: Array, indices: Array) -> Array:
     return table.at[indices].get(mode='promise_in_bounds', out_sharding=_as_indices(table, indices, None))
 
 
-def take_first(table: Array, indices: Array) -> Array:
-    """The first number of each of these rows."""
-    return table.at[indices, 0].get(mode='promise_in_bounds', out_sharding=_as_indices(table, indices))
+def num_rows_before_padding(table: Array) -> Array:
+    """The number of rows but for the last ones that fill the table up for a mesh: they hold Inf.
+
+    They are fewer than the devices, so this looks at a few numbers, and on one device at none.
+    """
+    num_rows = table.shape[0]
+    last = jnp.arange(max(0, num_rows + 1 - jax.device_count()), num_rows, dtype=jnp.int32)
+    first_numbers = table.at[last, 0].get(mode='promise_in_bounds', out_sharding=_as_indices(table, last))
+    return num_rows - jnp.sum(jnp.isposinf(first_numbers), dtype=jnp.int32)
 
 
 def _as_indices(table: Array, indices: Array, *more: None) -> NamedSharding | None:

@@ -52,11 +52,11 @@ def test_the_model_is_what_the_compiler_reports(sizes):
     assert model.table <= memory.alias_size_in_bytes < 1.01 * model.table
     assert model.temporaries / 4 < memory.temp_size_in_bytes < model.temporaries
 
-    # The collectives that carry rows; the others carry a number or two an example.
+    # The collectives that carry rows; the others carry a number an example.
     data, classes = sizes.get('data', 1), sizes.get('classes', 1)
     looked_up, gathered = B // data * D, B * D
     expected = ([looked_up] if classes > 1 else []) + ([gathered] if data * classes > 1 else [])
-    assert [size for size in collective_sizes(compiled) if size > 2 * B] == expected
+    assert [size for size in collective_sizes(compiled) if size > B] == expected
 
 
 def test_by_hand():
