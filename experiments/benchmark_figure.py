@@ -35,9 +35,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                 panel.plot(classes, seconds, line, color=colour, marker=marker, markersize=5, label=arm)
         ours = [row for row in rows if row['arm'] == 'centerloss_jax' and row['batch_size'] == size]
         floor = [row['step_seconds'] * 1e3 / row['times_copy'] for row in ours]
-        panel.plot([row['num_classes'] for row in ours], floor, color='#999999', linewidth=0.8)
-        at_the_left = panel.get_yaxis_transform()
-        panel.text(0.02, floor[0], ' copy of 5 B D floats', transform=at_the_left, va='bottom', fontsize=7)
+        classes = [row['num_classes'] for row in ours]
+        panel.plot(classes, floor, color='#999999', linewidth=0.8)
+        below: Any = {'xytext': (0, -3), 'textcoords': 'offset points', 'va': 'top'}
+        panel.annotate('copy of 5 B D floats', (classes[0], min(floor)), fontsize=7, **below)
         panel.set(xscale='log', yscale='log', xlabel='classes C', title=f'B = {size:,}')
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('milliseconds a step')
