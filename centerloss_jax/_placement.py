@@ -17,7 +17,8 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
     """Lays a table out over a mesh by rows, filled up to a number of rows that the mesh divides.
 
     A row that fills it up holds Inf. `nearest_center` never returns one, and a label that hits one is a mistake like
-    any beyond the classes: the loss is NaN and the row is dropped and counted.
+    any beyond the classes: the loss is NaN and the row is dropped and counted. To take such a table to fewer devices,
+    go by way of `unshard_centers`: a step looks for these rows among the last ones, as many as there are devices.
 
     Args:
       centers: `[C, D]`, floating point.
