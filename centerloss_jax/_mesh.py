@@ -20,12 +20,14 @@ def take_rows(table: Array, indices: Array) -> Array:
 def num_rows_before_padding(table: Array) -> Array:
     """The number of rows but for the last ones that fill the table up for a mesh: they hold Inf.
 
-    They are fewer than the devices, so this looks at a few numbers, and on one device at none.
+    They are fewer than the devices, so this looks at a few numbers, and on one device at none. Only those at the end
+    count: a center that became Inf stands for itself alone.
     """
     num_rows = table.shape[0]
-    last = jnp.arange(max(0, num_rows + 1 - jax.device_count()), num_rows, dtype=jnp.int32)
+    devices = max(jax.device_count(), jax.typeof(table).sharding.mesh.size, jax.sharding.get_abstract_mesh().size)
+    last = jnp.arange(max(0, num_rows + 1 - devices), num_rows, dtype=jnp.int32)
     first_numbers = table.at[last, 0].get(mode='promise_in_bounds', out_sharding=_as_indices(table, last))
-    return num_rows - jnp.sum(jnp.isposinf(first_numbers), dtype=jnp.int32)
+    return jnp.max(jnp.where(jnp.isposinf(first_numbers), 0, last + 1), initial=num_rows - last.size)
 
 
 def _as_indices(table: Array, indices: Array, *more: None) -> NamedSharding | None:

@@ -85,6 +85,13 @@ def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
     np.testing.assert_array_equal(np.flatnonzero((moved[:10] != table).any(axis=1)), [4])
 
 
+def test_a_center_that_became_inf_is_no_padding_for_the_classes_after_it():
+    centers = jnp.zeros((8, 3)).at[3].set(jnp.inf)
+    loss, rows = jax.jit(clj.center_loss_and_rows)(jnp.ones((2, 3)), centers, jnp.array([2, 7]))
+    assert loss == 3
+    assert rows.indices.tolist() == [2, 7]
+
+
 @pytest.mark.parametrize('batch_spec', [P('data'), P(('data', 'classes'))], ids=lambda spec: f'batch {spec}')
 @pytest.mark.parametrize('spec', TABLES, ids=str)
 def test_the_nearest_center_is_the_same_on_a_mesh_and_the_table_stays(mesh, spec, batch_spec):
