@@ -120,6 +120,7 @@ def _move(rows, table, rate, axis_name, mesh) -> tuple[RowUpdates, Array, Array]
     num_classes = None if table is None else table.shape[0]
     # As `table + rows` names them, so that a compiler sorts and sums once for all.
     names, _, _ = in_table(RowUpdates(indices, values), table)
+    rate = jnp.asarray(rate, values.dtype)
     factor = jnp.where(usable, -rate / (1 + class_sizes(names, num_classes).astype(values.dtype)), 0)
     # Scaled before they are summed, so that many large rows of one class stay finite.
     scale = jnp.where(usable, factor * scale, 0)

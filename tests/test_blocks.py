@@ -62,6 +62,18 @@ def test_in_float64_to_1e_12(num_classes):
         np.testing.assert_allclose(state.step_norm, np.linalg.norm(expected - centers), rtol=1e-6)
 
 
+@pytest.mark.parametrize('num_classes', CLASSES)
+def test_a_step_size_in_float64_leaves_a_float32_table_as_it_is(num_classes):
+    x, centers, labels, _ = problem(SIZES[0], num_classes)
+    with jax.enable_x64(True):
+        rows = clj.center_rows(x, centers, labels)
+        transform: Any = clj.center_update(lambda count: np.float64(0.5) + 0.0 * count)
+        updates, state = jax.jit(transform.update)(rows, transform.init(centers), centers)
+        moved = centers + updates
+    chex.assert_type([moved, state.step_norm], jnp.float32)
+    np.testing.assert_allclose(moved, oracle.center_update(x, centers, labels, 0.5), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('num_classes', [7, 5000])
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_rows_that_are_not_finite_are_as_if_absent(bad, num_classes):
