@@ -76,14 +76,14 @@ class _Rows(NamedTuple):
     scale: Array  # [N]
 
     def add_to(self, table: Array) -> Array:
-        """In the order of the rows, a block after the other."""
+        """The table with these rows added, a block after the other."""
         return jax.lax.fori_loop(
             0, -(-self.indices.size // self.block_size()), lambda i, table: _add(table, *self.block(i)), table
         )
 
     def block(self, i: Array) -> tuple[Array, Array]:
         size, num_rows = self.block_size(), self.indices.size
-        # The last block begins where it still is a whole one.
+        # The last block begins where it still is a whole one; what was in the block before is dropped.
         start = jnp.minimum(i * size, num_rows - size)
         indices, values, scale = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in self)
         new = start + jnp.arange(size, dtype=jnp.int32) >= i * size
@@ -99,7 +99,7 @@ class _Repeated(NamedTuple):
 
     rows: _Rows
     places: Array  # int32 [M], where in `rows`
-    indices: Array  # int32 [M]; MISTAKE beyond the number of rows
+    indices: Array  # int32 [M]; MISTAKE beyond `number`
     number: Array  # int32 []
 
     @classmethod

@@ -45,7 +45,7 @@ def class_sizes(indices: Array, num_classes: int | None) -> Array:
 
 
 def repeated_rows(indices: Array, length: int) -> tuple[Array, Array, Array]:
-    """The rows of a table's rows that more than one row is for: where they are, their indices, and their number.
+    """The rows whose index another row has too: their places, their indices, and how many they are.
 
     The first two have this length, N or more; in front the rows of one index are neighbours, and beyond them the
     indices are MISTAKE.

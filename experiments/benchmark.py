@@ -124,6 +124,7 @@ def measure_all(
 def measure_cell(
     arms: dict[str, Callable[[Cell], Arm | None]], cell: Cell, rounds: int, tell: Callable[[str], None]
 ) -> list[dict[str, Any]]:
+    """A row for each arm that can be measured in this cell, from the blocks of all turns."""
     speeds: list[float] = []
     blocks: dict[str, list[float]] = {}
     compiled: dict[str, dict[str, Any]] = {}
@@ -131,7 +132,7 @@ def measure_cell(
         speeds.append(bandwidth())
         for name, make in arms.items():
             tell(name)
-            if turn and (name not in blocks or (max(blocks[name]) > SLOW and jax.process_count() == 1)):
+            if turn and (name not in blocks or (min(blocks[name]) > SLOW and jax.process_count() == 1)):
                 continue
             arm = make(cell)
             if arm is None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 8  # steps
-PATIENCE = 4.0  # seconds for an arm
+PATIENCE = 4.0  # seconds for an arm in a turn, once it has warmed up
 COPIED = 2**28  # bytes of the array that shows the bandwidth: beyond every cache
 
 
@@ -43,8 +43,8 @@ def measure(steps: Iterator[Any], rounds: int) -> list[float]:
     Several processes must take the same steps, however slow these are to one of them.
     """
     patience = PATIENCE if jax.process_count() == 1 else math.inf
-    begun = time.perf_counter()
     _block(steps, patience / 4)
+    begun = time.perf_counter()
     seconds = [_block(steps, patience / 4)]
     while len(seconds) < rounds and time.perf_counter() - begun < patience:
         seconds.append(_block(steps, patience / 4))
