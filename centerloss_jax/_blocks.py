@@ -34,9 +34,8 @@ def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -
     if num_classes <= indices.size:
         sums = _sums_by_class(rows, num_classes)
         return add_rows(table, jnp.arange(num_classes, dtype=jnp.int32), sums.astype(table.dtype))
-    alone = rows._replace(indices=jnp.where(class_sizes(indices, num_classes) > 1, MISTAKE, indices))
     repeated = _Repeated.of(rows)
-    table = alone.add_to(vary_as(table, values))
+    table = rows.alone(num_classes).add_to(vary_as(table, values))
     return jax.lax.fori_loop(
         0, repeated.num_blocks(), lambda i, table: _add(table, *sums_by_group(*repeated.block(i))), table
     )
@@ -50,7 +49,7 @@ def squared_norm(indices: Array, values: Array, scale: Array, squares: Array, nu
     rows = _Rows(indices, values, scale)
     if num_classes is not None and num_classes <= indices.size:
         return jnp.sum(jnp.square(_sums_by_class(rows, num_classes)))
-    alone = (class_sizes(indices, num_classes) == 1) & (indices < MISTAKE)
+    alone = rows.alone(num_classes).indices < MISTAKE
     repeated = _Repeated.of(rows)
 
     def add_block(i, so_far):
@@ -77,9 +76,11 @@ class _Rows(NamedTuple):
 
     def add_to(self, table: Array) -> Array:
         """The table with these rows added, a block after the other."""
-        return jax.lax.fori_loop(
-            0, -(-self.indices.size // self.block_size()), lambda i, table: _add(table, *self.block(i)), table
-        )
+        return jax.lax.fori_loop(0, self.num_blocks(), lambda i, table: _add(table, *self.block(i)), table)
+
+    def alone(self, num_classes: int | None) -> '_Rows':
+        """These rows, where those whose index another row has too stand for nothing."""
+        return self._replace(indices=jnp.where(class_sizes(self.indices, num_classes) > 1, MISTAKE, self.indices))
 
     def block(self, i: Array) -> tuple[Array, Array]:
         size, num_rows = self.block_size(), self.indices.size
@@ -93,6 +94,9 @@ class _Rows(NamedTuple):
     def block_size(self) -> int:
         return min(self.indices.size, max(1, BLOCK // self.values.shape[1]))
 
+    def num_blocks(self) -> int:
+        return -(-self.indices.size // self.block_size())
+
 
 class _Repeated(NamedTuple):
     """Those of the rows whose index is that of another, the rows of one index as neighbours."""
@@ -104,8 +108,7 @@ class _Repeated(NamedTuple):
 
     @classmethod
     def of(cls, rows: _Rows) -> '_Repeated':
-        size = rows.block_size()
-        return cls(rows, *repeated_rows(rows.indices, -(-rows.indices.size // size) * size))
+        return cls(rows, *repeated_rows(rows.indices, rows.num_blocks() * rows.block_size()))
 
     def block(self, i: Array) -> tuple[Array, Array]:
         size = self.rows.block_size()
