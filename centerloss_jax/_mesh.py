@@ -24,8 +24,8 @@ def num_rows_before_padding(table: Array) -> Array:
     count: a center that became Inf stands for itself alone.
     """
     num_rows = table.shape[0]
-    devices = max(jax.device_count(), jax.typeof(table).sharding.mesh.size, jax.sharding.get_abstract_mesh().size)
-    last = jnp.arange(max(0, num_rows + 1 - devices), num_rows, dtype=jnp.int32)
+    num_devices = max(jax.device_count(), _mesh_of(table).size)
+    last = jnp.arange(max(0, num_rows + 1 - num_devices), num_rows, dtype=jnp.int32)
     first_numbers = table.at[last, 0].get(mode='promise_in_bounds', out_sharding=_as_indices(table, last))
     return jnp.max(jnp.where(jnp.isposinf(first_numbers), 0, last + 1), initial=num_rows - last.size)
 
@@ -66,13 +66,17 @@ def num_shards(table: Array) -> int:
 
     Under `jax.jit` on Auto axes a table's layout is not known, but it is even: the parts of the whole mesh will do.
     """
+    mesh = _mesh_of(table)
+    on_devices = not mesh.empty and not _has(AxisType.Manual, mesh)
+    return math.gcd(table.shape[0], mesh.size) if on_devices else 1
+
+
+def _mesh_of(table: Array) -> Any:
+    """The mesh that a table lies on as far as can be known, or that of the surroundings, or an empty one."""
     mesh = jax.typeof(table).sharding.mesh
     if mesh.empty and not isinstance(table, Tracer) and isinstance(table.sharding, NamedSharding):
         mesh = table.sharding.mesh
-    if mesh.empty:
-        mesh = jax.sharding.get_abstract_mesh()
-    on_devices = not mesh.empty and not _has(AxisType.Manual, mesh)
-    return math.gcd(table.shape[0], mesh.size) if on_devices else 1
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
 def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:

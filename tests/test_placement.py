@@ -1,5 +1,6 @@
 """Tables on a mesh: padding, what a pad row does, saving and restoring, and the functions that search a whole table."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
@@ -83,6 +84,13 @@ def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
     moved: Any = optax.apply_updates(centers, updates)
     assert np.isposinf(moved[10:]).all()
     np.testing.assert_array_equal(np.flatnonzero((moved[:10] != table).any(axis=1)), [4])
+
+
+def test_a_pad_row_is_found_where_the_mesh_is_larger_than_this_machine():
+    centers = jnp.zeros((32, 3)).at[20:].set(jnp.inf)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((16,), ('classes',), axis_types=(AxisType.Auto,))):
+        each = jax.jit(partial(clj.center_loss, reduce_fn=None))(jnp.ones((3, 3)), centers, jnp.array([19, 20, 31]))
+    np.testing.assert_array_equal(each, [3, np.nan, np.nan])
 
 
 def test_a_center_that_became_inf_is_no_padding_for_the_classes_after_it():
