@@ -116,8 +116,9 @@ def measure_all(
             progress.update(task, advance=1, description=f'B={cell.batch_size} C={cell.num_classes} {arm}')
 
         for cell in cells:
-            measured = measure_cell(arms, cell, config.rounds, partial(tell, cell))
-            rows += [{'allocator': allocator, **row} for row in measured]
+            rows += [
+                {'allocator': allocator, **row} for row in measure_cell(arms, cell, config.rounds, partial(tell, cell))
+            ]
     return rows
 
 
@@ -145,18 +146,12 @@ def measure_cell(
             gc.collect()
     speed = float(np.median(speeds))
     floor = PASSES * cell.batch_size * cell.feature_dim * 4 / speed
-    timings = {name: Timing.of(seconds) for name, seconds in blocks.items()}
-    return [
-        {
-            'arm': name,
-            **cell._asdict(),
-            **timing.row(),
-            'times_copy': timing.median / floor,
-            'copy_bytes_per_second': speed,
-            **compiled[name],
-        }
-        for name, timing in timings.items()
-    ]
+    rows = []
+    for name, seconds in blocks.items():
+        timing = Timing.of(seconds)
+        copied = {'times_copy': timing.median / floor, 'copy_bytes_per_second': speed}
+        rows.append({'arm': name, **cell._asdict(), **timing.row(), **copied, **compiled[name]})
+    return rows
 
 
 def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         ours = [row for row in rows if row['arm'] == 'centerloss_jax' and row['batch_size'] == size]
         floor = [row['step_seconds'] * 1e3 / row['times_copy'] for row in ours]
         classes = [row['num_classes'] for row in ours]
-        panel.plot(classes, floor, ':', color='#444444', linewidth=0.8)
+        panel.plot(classes, floor, ':', color='#444444', marker='_', linewidth=0.8)
         below: Any = {'xytext': (0, -3), 'textcoords': 'offset points', 'va': 'top'}
         panel.annotate('copy of 5 B D floats', (classes[0], min(floor)), fontsize=7, **below)
         panel.set(xscale='log', yscale='log', xlabel='classes C', title=f'B = {size:,}')

@@ -44,6 +44,20 @@ def test_every_torch_arm_runs(arm):
     next(arm(torch_arms.installed(), CELL).steps)
 
 
+@pytest.mark.parametrize(('slow', 'turns'), [(60.0, benchmark.TURNS), (0.0, 1)])
+def test_arms_take_turns_but_for_slow_ones(slow, turns, monkeypatch):
+    monkeypatch.setattr(benchmark, 'SLOW', slow)
+    made = []
+
+    def arm(cell):
+        made.append(cell)
+        return jax_arms.one_device(cell)
+
+    rows = benchmark.measure_cell({'ours': arm, 'does not fit': lambda cell: None}, CELL, 1, lambda name: None)
+    assert [row['arm'] for row in rows] == ['ours']
+    assert len(made) == turns
+
+
 def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys):
     out = tmp_path / 'a b'
     sizes = {'batch_sizes': (16,), 'classes': (8, 24), 'feature_dim': 4, 'rounds': 1}
