@@ -90,9 +90,10 @@ def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:
     return jax.lax.all_gather(a, axis_name, tiled=True, to='invarying' if on_devices else 'varying')
 
 
-def vary_as(a: Array, other: Array) -> Array:
-    """The same, and under shard_map free to differ between the devices where `other` may: what a loop carries must."""
-    names = jax.typeof(other).manual_axis_type.varying - jax.typeof(a).manual_axis_type.varying
+def vary_as(a: Array, *others: Array) -> Array:
+    """The same, and under shard_map free to differ between the devices where `others` may: what a loop carries must."""
+    varying = frozenset().union(*(jax.typeof(other).manual_axis_type.varying for other in others))
+    names = varying - jax.typeof(a).manual_axis_type.varying
     return jax.lax.pcast(a, tuple(names), to='varying') if names else a
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from centerloss_jax._blocks import add_scaled_rows, sums_by_index
+from centerloss_jax._groups import sums_by_index
 from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
 from centerloss_jax._mesh import add_rows, set_rows, take_rows
+from centerloss_jax._row_by_row import add_scaled_rows
 
 # Odd, large and negative: no sum, multiple, square, sign or clip of it is itself, as it would be for 1.
 GUARD = -700_000_001

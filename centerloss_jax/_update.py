@@ -9,10 +9,10 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from centerloss_jax._blocks import squared_norm, sums_by_index
-from centerloss_jax._groups import class_sizes
+from centerloss_jax._groups import class_sizes, sums_by_index
 from centerloss_jax._lookup import MISTAKE, type_name
 from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
+from centerloss_jax._row_by_row import squared_norm
 from centerloss_jax._rows import RowUpdates, checked, in_table
 
 Alpha = float | Array | optax.Schedule

@@ -1,4 +1,4 @@
-"""Batches of more rows than a block: CPUs take them a block at a time, and the answer is that of one pass."""
+"""Batches of many rows of few classes and of many: CPUs take them row by row, and the answer is that of Eq. 4."""
 
 from functools import partial
 from typing import Any
@@ -13,11 +13,9 @@ import pytest
 from updates import move
 
 import centerloss_jax as clj
-from centerloss_jax._blocks import BLOCK
 
 FEATURES = 128
-ROWS = BLOCK // FEATURES
-SIZES = [ROWS + 1, 2 * ROWS, 2 * ROWS + 321]
+SIZES = [513, 1024, 1345]
 CLASSES = [1, 7, 900, 5000]  # fewer than the rows, which are summed by class, and more, which are sorted
 
 
@@ -30,7 +28,7 @@ def step(centers, state, x, labels, mask):
 
 
 def problem(size, num_classes, dtype: Any = np.float32):
-    """Half the examples belong to one class, which then goes on over blocks."""
+    """Half the examples belong to one class."""
     rng = np.random.default_rng(size + num_classes)
     x, centers = rng.normal(size=(size, FEATURES)).astype(dtype), rng.normal(size=(num_classes, FEATURES)).astype(dtype)
     labels = np.where(rng.random(size) < 0.5, num_classes // 3, rng.integers(-1, num_classes, size))
@@ -147,3 +145,19 @@ def test_devices_with_tables_of_their_own_under_the_replication_check():
     np.testing.assert_allclose(norms, np.linalg.norm(tables - moved, axis=(1, 2)), rtol=1e-5)
     shared = jax.shard_map(from_one, mesh=mesh, in_specs=(jax.P(), split, split), out_specs=split)
     chex.assert_trees_all_close(shared(tables[0], x, labels)[0], moved[0])
+
+
+@pytest.mark.parametrize('num_classes', [3, 50])
+@pytest.mark.parametrize('varying', ['indices', 'values', 'scale'])
+def test_rows_of_which_a_part_is_the_same_on_all_devices(varying, num_classes):
+    parts = {'indices': jnp.array([1, 2, 1, 0]), 'values': jnp.ones((4, 2)), 'scale': jnp.arange(4.0)}
+    mesh = jax.make_mesh((2,), ('data',), (jax.sharding.AxisType.Auto,))
+
+    def add(part):
+        rows = clj.RowUpdates(**parts | {varying: part})
+        return (jnp.zeros((num_classes, 2)) + rows)[None]
+
+    stacked = jnp.concatenate([parts[varying], parts[varying][::-1]])
+    got = jax.shard_map(add, mesh=mesh, in_specs=jax.P('data'), out_specs=jax.P('data'))(stacked)
+    for device, part in enumerate([parts[varying], parts[varying][::-1]]):
+        np.testing.assert_allclose(got[device], add(part)[0])
