@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from centerloss_jax._groups import sums_by_index
 from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
-from centerloss_jax._mesh import add_rows, set_rows, take_rows
+from centerloss_jax._mesh import add_rows, replicate, set_rows, take_rows
 from centerloss_jax._row_by_row import add_scaled_rows
 
 # Odd, large and negative: no sum, multiple, square, sign or clip of it is itself, as it would be for 1.
@@ -83,7 +83,7 @@ class RowUpdates:
         if not isinstance(table, (jax.Array, np.ndarray)):
             return NotImplemented
         table = check_table(table, 'the table')
-        indices, values, scale = in_table(self, table)
+        indices, values, scale = replicate(in_table(self, table))
         if wide(table.dtype) == table.dtype:
             if self.scale is None or indices.size == 0:
                 return add_rows(table, indices, values.astype(table.dtype))

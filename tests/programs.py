@@ -17,3 +17,9 @@ def collective_sizes(compiled):
         for shapes in COLLECTIVE.findall(compiled.as_text())
         for dimensions in SHAPE.findall(shapes)
     ]
+
+
+def collectives_in_loops(compiled):
+    """Those that the program takes again and again: the ones outside its entry."""
+    called, _ = compiled.as_text().split('\nENTRY ')
+    return COLLECTIVE.findall(called)

@@ -12,7 +12,7 @@ import pytest
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 from problems import make_problem
-from programs import collective_sizes
+from programs import collective_sizes, collectives_in_loops
 from steps import linen_state, linen_step, linen_table, make_batch
 
 import centerloss_jax as clj
@@ -101,9 +101,30 @@ def test_the_step_is_that_of_one_device_and_moves_and_copies_no_table(
     # A row-sharded table of eight parts still has far more elements in each than the batch has.
     assert sizes
     assert max(sizes) <= 2 * B * D
+    assert not collectives_in_loops(compiled)
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < C * D * 4 // 8 // 4
     assert memory.alias_size_in_bytes >= part
+
+
+@pytest.mark.parametrize('spec', [P(), P('data', None)], ids=['replicated', 'by rows'])
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit], ids=lambda axis_type: axis_type.name)
+@pytest.mark.parametrize('num_classes', [16, C - 3])
+def test_rows_that_no_update_has_seen_are_added_in_place_too(axis_type, spec, num_classes):
+    def add(table, x, labels):
+        return table + clj.center_rows(x, table, labels)
+
+    table, _, x, labels = make_arrays()
+    table, labels = table[:num_classes], np.minimum(labels, num_classes - 1)
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(table, NamedSharding(mesh, spec))
+        batch = jax.device_put((x, labels), NamedSharding(mesh, P('data')))
+        compiled = jax.jit(add, donate_argnums=0).lower(sharded, *batch).compile()
+        moved = compiled(sharded, *batch)
+    np.testing.assert_allclose(moved, jax.jit(add)(table, x, labels), rtol=0, atol=1e-6 * np.abs(table).max())
+    assert max(collective_sizes(compiled)) <= 2 * B * D
+    assert not collectives_in_loops(compiled)
 
 
 def test_a_mesh_of_auto_axes_that_nobody_names_gives_the_right_answer():
