@@ -16,6 +16,7 @@ from centerloss_jax._lookup import MISTAKE
 from centerloss_jax._mesh import add_rows, vary_as
 
 
+@jax.custom_jvp
 def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -> Array:
     """table with scale * values added to its rows; those beyond the table are dropped.
 
@@ -29,6 +30,14 @@ def add_scaled_rows(table: Array, indices: Array, values: Array, scale: Array) -
     repeated = class_sizes(indices, num_classes) > 1
     table = _add_each(table, jnp.where(repeated, MISTAKE, indices), values, scale)
     return _over_sums(jnp.where(repeated, indices, MISTAKE), values, scale, _add, table)
+
+
+@add_scaled_rows.defjvp
+def _add_scaled_rows_jvp(primals, tangents):
+    """At once, since a loop of unknown length has no reverse."""
+    (_, indices, values, scale), (table, _, of_values, of_scale) = primals, tangents
+    change = scale[:, None] * of_values + of_scale[:, None] * values
+    return add_scaled_rows(*primals), add_rows(table, indices, change.astype(table.dtype))
 
 
 def squared_norm(indices: Array, values: Array, scale: Array, squares: Array, num_classes: int | None) -> Array:

@@ -126,6 +126,19 @@ def test_temporaries_do_not_depend_on_the_number_of_classes():
     assert many.alias_size_in_bytes >= 1_000_000 * 512 * 4
 
 
+@pytest.mark.parametrize('num_classes', [3, 50])
+def test_a_move_can_be_differentiated_for_its_step_and_its_table(num_classes):
+    def after(alpha, centers):
+        rows = clj.center_rows(x, jax.lax.stop_gradient(centers), labels)
+        return move(centers, rows, alpha)[0]
+
+    x, labels = jnp.arange(20.0).reshape(10, 2), jnp.array([0, 1, 1, 2, 0, -1, 2, 2, 1, 0])
+    centers = jnp.ones((num_classes, 2))
+    of_alpha, of_centers = jax.jit(jax.grad(lambda *args: jnp.sum(after(*args)), argnums=(0, 1)))(0.5, centers)
+    np.testing.assert_allclose(of_alpha, jnp.sum(after(1.0, centers) - after(0.0, centers)), rtol=1e-5)
+    np.testing.assert_array_equal(of_centers, np.ones_like(centers))
+
+
 def test_devices_with_tables_of_their_own_under_the_replication_check():
     tables = jnp.arange(8.0)[:, None, None] + jnp.ones((8, 3, 2))
     x, labels = jnp.zeros((8 * SIZES[0], 2)), jnp.arange(8 * SIZES[0]) % 3
