@@ -86,7 +86,19 @@ def _over_sums(
 
     begun = state, jnp.zeros(values.shape[1], values.dtype)
     begun = tuple(vary_as(a, indices, values, scale) for a in begun)
-    return jax.lax.fori_loop(0, jnp.sum(indices < MISTAKE, dtype=jnp.int32), add_row, begun)[0]
+    return jax.lax.fori_loop(0, _largest(jnp.sum(indices < MISTAKE, dtype=jnp.int32)), add_row, begun)[0]
+
+
+@jax.custom_batching.custom_vmap
+def _largest(number: Array) -> Array:
+    """The same; under vmap the largest of all, or each would copy its table in every turn of the loop."""
+    return number
+
+
+@_largest.def_vmap
+def _largest_of_all(axis_size, in_batched, number):
+    del axis_size, in_batched
+    return _largest(jnp.max(number)), False
 
 
 def _add(table: Array, index: Array, row: Array) -> Array:

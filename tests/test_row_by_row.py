@@ -126,6 +126,23 @@ def test_temporaries_do_not_depend_on_the_number_of_classes():
     assert many.alias_size_in_bytes >= 1_000_000 * 512 * 4
 
 
+@pytest.mark.parametrize('repeated', [[0, 0], [1, 9], [63, 30]])
+def test_under_vmap_each_table_moves_by_its_own_rows_and_none_is_copied(repeated):
+    num_classes = 5000
+    labels = np.stack([np.arange(64) % (64 - number) for number in repeated])
+    x, tables = np.random.default_rng(0).normal(size=(2, 64, 3)), jnp.ones((2, num_classes, 3))
+    everywhere = np.ones(64, bool)
+    state = clj.center_update().init(tables)
+    vmapped = jax.jit(jax.vmap(step, (0, None, 0, 0, None)), donate_argnums=0)
+    memory: Any = vmapped.lower(tables, state, x, labels, everywhere).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < tables.nbytes // 2
+    moved, states = vmapped(tables, state, x, labels, everywhere)
+    for k in range(2):
+        expected, state = run(jnp.ones((num_classes, 3)), x[k], labels[k], everywhere)
+        np.testing.assert_allclose(moved[k], expected, rtol=1e-6)
+        np.testing.assert_allclose(states.step_norm[k], state.step_norm, rtol=1e-6)
+
+
 @pytest.mark.parametrize('num_classes', [3, 50])
 def test_a_move_can_be_differentiated_for_its_step_and_its_table(num_classes):
     def after(alpha, centers):
