@@ -11,6 +11,9 @@ from jax import Array
 from centerloss_jax._lookup import MISTAKE
 from centerloss_jax._mesh import take_rows
 
+# Rows of which it is faster to compare all pairs than to sort them.
+FEW = 256
+
 
 def sort_rows(indices: Array) -> tuple[Array, Array]:
     """The order in which the rows of one index are neighbours, and the indices in it, in O(N log N)."""
@@ -30,10 +33,12 @@ def sums_by_index(indices: Array, values: Array, scale: Array) -> tuple[Array, A
 
 
 def class_sizes(indices: Array, num_classes: int | None) -> Array:
-    """int32 [N], the number of rows that have the index of each row; counted in O(N) where there are few classes."""
+    """int32 [N], the number of rows that have the index of each row."""
     if num_classes is not None and num_classes <= indices.size:
         counts = jnp.zeros(num_classes, jnp.int32).at[indices].add(1, mode='drop')
         return counts.at[indices].get(mode='fill', fill_value=0)
+    if indices.size <= FEW:
+        return jnp.sum(indices[:, None] == indices, axis=0, dtype=jnp.int32)
     order, indices = sort_rows(indices)
     group = _group_numbers(indices)
     counts = jnp.zeros_like(group).at[group].add(1, mode='promise_in_bounds')
