@@ -169,11 +169,11 @@ def test_devices_with_tables_of_their_own_under_the_replication_check():
         return move(table, clj.center_rows(x, table, labels))[0][None]
 
     split = jax.P('data')
-    moved, norms = jax.shard_map(own, mesh=mesh, in_specs=split, out_specs=split)(tables, x, labels)
+    moved, norms = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=split, out_specs=split))(tables, x, labels)
     left = 1 - 0.5 * np.bincount(labels[: SIZES[0]]) / (1 + np.bincount(labels[: SIZES[0]]))
     np.testing.assert_allclose(moved, left[:, None] * np.asarray(tables), rtol=1e-2)
     np.testing.assert_allclose(norms, np.linalg.norm(tables - moved, axis=(1, 2)), rtol=1e-5)
-    shared = jax.shard_map(from_one, mesh=mesh, in_specs=(jax.P(), split, split), out_specs=split)
+    shared = jax.jit(jax.shard_map(from_one, mesh=mesh, in_specs=(jax.P(), split, split), out_specs=split))
     chex.assert_trees_all_close(shared(tables[0], x, labels)[0], moved[0])
 
 
@@ -188,6 +188,6 @@ def test_rows_of_which_a_part_is_the_same_on_all_devices(varying, num_classes):
         return (jnp.zeros((num_classes, 2)) + rows)[None]
 
     stacked = jnp.concatenate([parts[varying], parts[varying][::-1]])
-    got = jax.shard_map(add, mesh=mesh, in_specs=jax.P('data'), out_specs=jax.P('data'))(stacked)
+    got = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=jax.P('data'), out_specs=jax.P('data')))(stacked)
     for device, part in enumerate([parts[varying], parts[varying][::-1]]):
         np.testing.assert_allclose(got[device], add(part)[0])
