@@ -1,10 +1,9 @@
-"""Rows of one class together: what Eq. 4 counts, and what is summed before it is rounded.
+"""Rows of one class together: what Eq. 4 counts, and what is summed before it is rounded."""
 
-A group is the rows of one index, as neighbours in rows that are sorted by index.
-"""
-
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -27,25 +26,66 @@ def sums_by_index(indices: Array, values: Array, scale: Array) -> tuple[Array, A
     # What stands for nothing is 0, whatever the values hold.
     scaled = jnp.where((indices < MISTAKE)[:, None], scale[order][:, None] * take_rows(values, order), 0)
     hints: Any = {'mode': 'promise_in_bounds', 'indices_are_sorted': True}
-    group = _group_numbers(indices)
+    group = jnp.cumsum(_starts(indices), dtype=jnp.int32) - 1
     names = jnp.full_like(indices, MISTAKE).at[group].set(indices, **hints)
     return names, jnp.zeros_like(scaled).at[group].add(scaled, **hints)
 
 
-def class_sizes(indices: Array, num_classes: int | None) -> Array:
-    """int32 [N], the number of rows that have the index of each row."""
+def sums_of_repeated(indices: Array, values: Array, scale: Array, num_classes: int | None) -> tuple[Array, Array]:
+    """Each index of several rows with the sum of its rows scale * values; MISTAKE and 0 fill them up to N/2."""
+    length = max(1, indices.size // 2)
+    sizes, first = _sizes_and_first(indices, num_classes, values.size)
+    repeated = (sizes > 1) & (indices < MISTAKE)
+    number = jnp.cumsum(repeated & (first == jnp.arange(indices.size)), dtype=jnp.int32) - 1
+    slots, scale = jax.lax.optimization_barrier((jnp.where(repeated, number[first], length), scale))
+    names = jnp.full(length, MISTAKE, indices.dtype).at[slots].set(indices, mode='drop')
+    totals = jnp.zeros((length, values.shape[1]), values.dtype)
+    return names, totals.at[slots].add(scale[:, None] * values, mode='drop')
+
+
+def class_sizes(indices: Array, num_classes: int | None, room: int) -> Array:
+    """int32 [N], the number of rows that have the index of each row. `room` is as large as an array may be for that."""
+    return _sizes_and_first(indices, num_classes, room)[0]
+
+
+def _sizes_and_first(indices: Array, num_classes: int | None, room: int) -> tuple[Array, Array]:
+    """int32 [N] twice: the number of rows that have the index of each row, and the first of them."""
     if num_classes is not None and num_classes <= indices.size:
-        counts = jnp.zeros(num_classes, jnp.int32).at[indices].add(1, mode='drop')
-        return counts.at[indices].get(mode='fill', fill_value=0)
-    if indices.size <= FEW:
-        return jnp.sum(indices[:, None] == indices, axis=0, dtype=jnp.int32)
+        return _by_class(indices, num_classes)
+    by_any = _by_pairs if indices.size <= FEW else _by_neighbours
+    if num_classes is None or num_classes > room:
+        return by_any(indices)
+    # To fill an array of all classes takes an accelerator less time than to sort.
+    return jax.lax.platform_dependent(
+        indices, cpu=by_any, default=functools.partial(_by_class, num_classes=num_classes)
+    )
+
+
+def _by_class(indices: Array, num_classes: int) -> tuple[Array, Array]:
+    rows = jnp.arange(indices.size, dtype=jnp.int32)
+    sizes = jnp.zeros(num_classes, jnp.int32).at[indices].add(1, mode='drop')
+    first = jnp.full(num_classes, MISTAKE, jnp.int32).at[indices].min(rows, mode='drop')
+    hints: Any = {'mode': 'fill', 'fill_value': 0}
+    return sizes.at[indices].get(**hints), first.at[indices].get(**hints)
+
+
+def _by_pairs(indices: Array) -> tuple[Array, Array]:
+    rows = jnp.arange(indices.size, dtype=jnp.int32)
+    same = indices[:, None] == indices
+    return jnp.sum(same, axis=1, dtype=jnp.int32), jnp.min(jnp.where(same, rows, MISTAKE), axis=1, initial=MISTAKE)
+
+
+def _by_neighbours(indices: Array) -> tuple[Array, Array]:
     order, indices = sort_rows(indices)
-    group = _group_numbers(indices)
-    counts = jnp.zeros_like(group).at[group].add(1, mode='promise_in_bounds')
-    return jnp.zeros_like(group).at[order].set(counts[group], unique_indices=True, mode='promise_in_bounds')
+    starts = _starts(indices)
+    group = jnp.cumsum(starts, dtype=jnp.int32) - 1
+    sizes = jnp.zeros_like(group).at[group].add(1, mode='promise_in_bounds')
+    first = jnp.zeros_like(group).at[jnp.where(starts, group, MISTAKE)].set(order, mode='drop')
+    back: Any = {'unique_indices': True, 'mode': 'promise_in_bounds'}
+    zeros = jnp.zeros_like(group)
+    return zeros.at[order].set(sizes[group], **back), zeros.at[order].set(first[group], **back)
 
 
-def _group_numbers(indices: Array) -> Array:
-    """int32 [N], the group of each of the sorted rows, from 0 upwards."""
-    first = jnp.zeros(min(1, indices.size), bool)
-    return jnp.cumsum(jnp.concatenate([first, indices[1:] != indices[:-1]]), dtype=jnp.int32)
+def _starts(indices: Array) -> Array:
+    """bool [N], where the rows of another index begin in sorted indices."""
+    return jnp.concatenate([jnp.ones(min(1, indices.size), bool), indices[1:] != indices[:-1]])

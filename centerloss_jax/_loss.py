@@ -199,28 +199,30 @@ def _as_rows(batch: Examples, values: Array, scale: Array) -> RowUpdates:
 def _mean_and_rows(batch: Examples, axis_name: AxisName | None) -> tuple[Array, RowUpdates]:
     """The same from one array: the gradient of the loss for x, of which the rows are a multiple."""
     count = _count(batch, axis_name)
-    loss, gradient = _mean_square(batch.x, batch.own, batch.rows.valid, count)
-    mistake = (batch.rows.counted & ~batch.rows.valid).any()
-    return loss + jnp.where(mistake, jnp.nan, 0), _as_rows(batch, gradient, -count / 2)
+    loss, gradient = _mean_square(batch.x, batch.own, batch.rows.counted, batch.rows.valid, count)
+    return loss, _as_rows(batch, gradient, -count / 2)
 
 
 @jax.custom_jvp
-def _mean_square(x: Array, own: Array, valid: Array, count: Array) -> tuple[Array, Array]:
-    """(1/n) sum |x - c|^2 over the valid examples, and its gradient for x, 2 (x - c) / n.
+def _mean_square(x: Array, own: Array, counted: Array, valid: Array, count: Array) -> tuple[Array, Array]:
+    """(1/n) sum |x - c|^2 over the counted examples, NaN for one that is not valid; and its gradient, 2 (x - c) / n.
 
-    Autodiff would write another array for the gradient. Here it is the array that the loss is computed from, and so
-    that it stays one, barriers keep a compiler from computing it again for each use.
+    Autodiff would write another array for the gradient. Here it is the array that the loss is computed from. So that
+    it stays one, a barrier keeps a CPU's compiler from computing it again for each use; an accelerator's takes the
+    gradient and the sums of its squares in one pass, if another keeps these apart.
     """
     mask, dtype = valid[..., None], count.dtype
     difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own.astype(dtype), 0)
-    gradient = jax.lax.optimization_barrier(difference * (2 / count))
+    gradient = jax.lax.platform_dependent(
+        difference * (2 / count), cpu=jax.lax.optimization_barrier, default=lambda gradient: gradient
+    )
     per_example = jax.lax.optimization_barrier(jnp.sum(jnp.square(gradient), axis=-1))
-    return jnp.sum(per_example) * (count / 4), gradient
+    return jnp.sum(jnp.where(counted & ~valid, jnp.nan, per_example)) * (count / 4), gradient
 
 
 @_mean_square.defjvp
 def _mean_square_jvp(primals, tangents):
-    (_, _, valid, count), (x, own, _, _) = primals, tangents
+    (_, _, _, valid, count), (x, own, _, _, _) = primals, tangents
     loss, gradient = _mean_square(*primals)
     change = x.astype(count.dtype) - own.astype(count.dtype)
     return (loss, gradient), (jnp.sum(gradient * change), jnp.where(valid[..., None], change, 0) * (2 / count))

@@ -39,11 +39,14 @@ def _as_indices(table: Array, indices: Array, *more: None) -> NamedSharding | No
     return None
 
 
-def add_rows(table: Array, indices: Array, values: Array) -> Array:
-    """table with values added to its rows, laid out as the table is; rows beyond the table are dropped."""
+def add_rows(table: Array, indices: Array, values: Array, unique: bool = False) -> Array:
+    """table with values added to its rows, laid out as the table is; rows beyond the table are dropped.
+
+    Where those within the table are unique, a GPU that is asked for the same bits every time need not order them.
+    """
     sharding = jax.typeof(table).sharding
     out = sharding if _has(AxisType.Explicit, sharding.mesh) else None
-    return table.at[indices].add(values, mode='drop', out_sharding=out)
+    return table.at[indices].add(values, mode='drop', unique_indices=unique, out_sharding=out)
 
 
 def set_rows(table: Array, indices: Array, values: Array) -> Array:

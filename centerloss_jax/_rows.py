@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from centerloss_jax._groups import sums_by_index
 from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
 from centerloss_jax._mesh import add_rows, replicate, set_rows, take_rows
-from centerloss_jax._row_by_row import add_scaled_rows
+from centerloss_jax._scatter import add_scaled_rows
 
 # Odd, large and negative: no sum, multiple, square, sign or clip of it is itself, as it would be for 1.
 GUARD = -700_000_001
@@ -87,17 +87,11 @@ class RowUpdates:
         if wide(table.dtype) == table.dtype:
             if self.scale is None or indices.size == 0:
                 return add_rows(table, indices, values.astype(table.dtype))
-            return jax.lax.platform_dependent(
-                table, indices, values, scale, cpu=add_scaled_rows, default=_add_scaled_rows_at_once
-            )
+            return add_scaled_rows(table, indices, values, scale)
         # In a narrow dtype each addition rounds: sum a class's rows first, in float32, and round once.
         indices, values = sums_by_index(indices, values, scale)
         old = take_rows(table, jnp.where(indices < table.shape[0], indices, 0))
         return set_rows(table, indices, (old + values).astype(table.dtype))
-
-
-def _add_scaled_rows_at_once(table: Array, indices: Array, values: Array, scale: Array) -> Array:
-    return add_rows(table, indices, (scale[:, None] * values).astype(table.dtype))
 
 
 def concatenate_rows(*rows: RowUpdates) -> RowUpdates:

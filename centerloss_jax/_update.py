@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from centerloss_jax._groups import class_sizes, sums_by_index
 from centerloss_jax._lookup import MISTAKE, type_name
 from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
-from centerloss_jax._row_by_row import squared_norm
 from centerloss_jax._rows import RowUpdates, checked, in_table
+from centerloss_jax._scatter import squared_norm
 
 Alpha = float | Array | optax.Schedule
 
@@ -121,23 +121,14 @@ def _move(rows, table, rate, axis_name, mesh) -> tuple[RowUpdates, Array, Array]
     # As `table + rows` names them, so that a compiler sorts and sums once for all.
     names, _, _ = in_table(RowUpdates(indices, values), table)
     rate = jnp.asarray(rate, values.dtype)
-    factor = jnp.where(usable, -rate / (1 + class_sizes(names, num_classes).astype(values.dtype)), 0)
+    factor = jnp.where(usable, -rate / (1 + class_sizes(names, num_classes, values.size).astype(values.dtype)), 0)
     # Scaled before they are summed, so that many large rows of one class stay finite.
     scale = jnp.where(usable, factor * scale, 0)
 
-    def together(values, scale, squares):
-        del squares
-        unique, total = sums_by_index(names, values, scale)
-        return unique, total, jnp.ones_like(factor), jnp.sum(jnp.square(total))
-
-    def apart(values, scale, squares):
-        return indices, values, scale, squared_norm(names, values, scale, jnp.square(factor) * squares, num_classes)
-
     if rows.scale is None or indices.size == 0:
-        indices, values, _, square = together(values, scale, squares)
-        return RowUpdates(indices, values), left_out, square
-    moved = jax.lax.platform_dependent(values, scale, squares, cpu=apart, default=together)
-    indices, values, scale, square = moved
+        names, total = sums_by_index(names, values, scale)
+        return RowUpdates(names, total), left_out, jnp.sum(jnp.square(total))
+    square = squared_norm(names, values, scale, jnp.square(factor) * squares, num_classes)
     return RowUpdates(indices, values, scale=scale), left_out, square
 
 
