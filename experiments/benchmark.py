@@ -30,7 +30,7 @@ from experiments.jax_arms import Arm, Cell
 from experiments.models import Classifier
 from experiments.runs import check_folder, environment, in_a_line
 from experiments.settings import flag
-from experiments.timing import Timing, bandwidth, keep_freed_memory, measure
+from experiments.timing import Timing, bandwidth, keep_freed_memory, measure, on_cpu
 from experiments.training import create_state, train_epoch, train_step
 from experiments.where import Where
 
@@ -53,7 +53,7 @@ class Config(Where):
     rounds: int = 4
     """blocks of eight steps that an arm is timed for in each of three turns"""
     allocator: Literal['default', 'kept', 'both'] = 'both'
-    """glibc's settings: as they are, or such that freed memory is kept, or one after the other"""
+    """glibc's settings: as they are, or such that freed memory is kept, or on a CPU one after the other"""
     out: Path = Path('runs/benchmark')
     """folder for the table and the picture; what an earlier benchmark wrote there is replaced"""
 
@@ -82,7 +82,8 @@ def main(config: Config) -> None:
     if torch:
         arms |= {name: partial(arm, torch) for name, arm in torch_arms.ARMS.items()}
     rows: list[dict[str, Any]] = []
-    for allocator in ('default', 'kept') if config.allocator == 'both' else (config.allocator,):
+    every = ('default', 'kept') if on_cpu() else ('default',)
+    for allocator in every if config.allocator == 'both' else (config.allocator,):
         if allocator != 'default' and not keep_freed_memory():
             tell('the C library is not glibc, so its defaults are all that was measured')
             break
@@ -138,7 +139,7 @@ def measure_cell(
             arm = make(cell)
             if arm is None:
                 continue
-            blocks[name] = blocks.get(name, []) + measure(arm.steps, rounds)
+            blocks[name] = blocks.get(name, []) + measure(arm.steps, rounds, arm.wait)
             compiled[name] = {'temporary_bytes': arm.temporary_bytes, 'accessed_bytes': arm.accessed_bytes}
             # Its arrays are given back before the next arm comes.
             arm.steps.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
@@ -171,12 +172,12 @@ def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, A
         nonlocal state
         while True:
             state, metrics = step(state, *batch, weight)
-            yield jax.block_until_ready((state, metrics))
+            yield state, metrics
 
     arms = {'centerloss_jax': Arm(bare())}
     if torch:
         arms['torch'] = torch_arms.toy(torch, images, labels, data.num_classes, 3e-3)
-    timings = {name: Timing.of(measure(arm.steps, TURNS * config.rounds)) for name, arm in arms.items()}
+    timings = {name: Timing.of(measure(arm.steps, TURNS * config.rounds, arm.wait)) for name, arm in arms.items()}
     seconds = []
     for _ in range(TURNS * config.rounds):
         state, metrics = train_epoch(

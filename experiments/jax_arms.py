@@ -3,7 +3,7 @@
 A step is the loss, its gradient for the features, and the centers moved by Eq. 4, with the table donated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,9 +36,10 @@ class Cell(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """Steps that wait for their results, and what the compiler says of them, where there is one."""
+    """Steps, how to wait for the result of one, and what the compiler says of them, where there is one."""
 
     steps: Iterator[Any]
+    wait: Callable[[Any], Any] = jax.block_until_ready
     temporary_bytes: int | None = None
     accessed_bytes: float | None = None
 
@@ -82,11 +83,15 @@ def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
         nonlocal table, state
         while True:
             table, state, loss, gradient = jitted(table, state, *batch)
-            yield jax.block_until_ready((table, loss, gradient))
+            yield table, loss, gradient
             del loss, gradient  # or the next step could not have their memory
 
     cost = compiled.cost_analysis() or {}
-    return Arm(steps(), compiled.memory_analysis().temp_size_in_bytes, cost.get('bytes accessed'))
+    return Arm(
+        steps(),
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        accessed_bytes=cost.get('bytes accessed'),
+    )
 
 
 def arms(devices: Devices, mesh: str | None = None) -> dict[str, Any]:

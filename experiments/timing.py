@@ -1,7 +1,9 @@
 """How long a step takes, against what the machine can copy in that time.
 
 A step is timed in blocks of eight on arrays that were touched before: the first steps pay for compilation and for fresh
-pages, and arms that alternate step by step push each other's tables out of the caches.
+pages, and arms that alternate step by step push each other's tables out of the caches. On a CPU each step is waited
+for. An accelerator is given all eight before the wait, as a training loop does it: else the way to it and back would
+be most of a step.
 """
 
 import ctypes
@@ -17,7 +19,8 @@ import numpy as np
 
 BLOCK = 8  # steps
 PATIENCE = 4.0  # seconds for an arm in a turn, once it has warmed up
-COPIED = 2**28  # bytes of the array that shows the bandwidth: beyond every cache
+# Bytes of the array that shows the bandwidth: beyond every cache, on a CPU and on an accelerator.
+COPIED, COPIED_THERE = 2**28, 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,27 +40,35 @@ class Timing:
         return {'step_seconds': self.median, 'low_seconds': self.low, 'high_seconds': self.high}
 
 
-def measure(steps: Iterator[Any], rounds: int) -> list[float]:
-    """Times `next(steps)`, which must wait for its own result: seconds a step in so many blocks of eight, or in fewer.
+def measure(steps: Iterator[Any], rounds: int, wait: Callable[[Any], Any] = jax.block_until_ready) -> list[float]:
+    """Times `wait(next(steps))`: seconds a step in so many blocks of eight, or in fewer.
 
     Several processes must take the same steps, however slow these are to one of them.
     """
     patience = PATIENCE if jax.process_count() == 1 else math.inf
-    _block(steps, patience / 4)
+    _block(steps, wait, patience / 4)
     begun = time.perf_counter()
-    seconds = [_block(steps, patience / 4)]
+    seconds = [_block(steps, wait, patience / 4)]
     while len(seconds) < rounds and time.perf_counter() - begun < patience:
-        seconds.append(_block(steps, patience / 4))
+        seconds.append(_block(steps, wait, patience / 4))
     return seconds
 
 
-def _block(steps: Iterator[Any], patience: float) -> float:
+def _block(steps: Iterator[Any], wait: Callable[[Any], Any], patience: float) -> float:
     """Seconds a step over eight steps, or over those of the first seconds."""
-    begun, done = time.perf_counter(), 0
+    begun, done, last = time.perf_counter(), 0, None
     while done < BLOCK and time.perf_counter() - begun < patience:
-        next(steps)
+        last = next(steps)
+        if on_cpu():
+            wait(last)
+            last = None  # or the next step could not have its memory
         done += 1
+    wait(last)
     return (time.perf_counter() - begun) / done
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == 'cpu'
 
 
 def bandwidth() -> float:
@@ -66,15 +77,16 @@ def bandwidth() -> float:
     The other is donated, and so touched before; the sign changes, since XLA would hand on a copy that changes nothing.
     """
     copy: Callable = jax.jit(lambda old, array: -array, donate_argnums=0, keep_unused=True)
-    array, other = (jnp.ones(COPIED // 4, jnp.float32, device=jax.local_devices()[0]) for _ in range(2))
+    size = COPIED if on_cpu() else COPIED_THERE
+    array, other = (jnp.ones(size // 4, jnp.float32, device=jax.local_devices()[0]) for _ in range(2))
 
     def copies():
         nonlocal other
         while True:
-            other = jax.block_until_ready(copy(other, array))
-            yield
+            other = copy(other, array)
+            yield other
 
-    return 2 * COPIED / Timing.of(measure(copies(), rounds=3)).median
+    return 2 * size / Timing.of(measure(copies(), rounds=3)).median
 
 
 def keep_freed_memory() -> bool:

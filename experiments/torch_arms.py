@@ -4,12 +4,13 @@ PyTorch is no dependency: where it is not installed the benchmark names it as mi
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from experiments.jax_arms import ALPHA, Arm, Cell
+from experiments.timing import on_cpu
 
 DENSE_LIMIT = 2**31  # bytes of a B x C matrix, of which the dense form needs several
 
@@ -29,15 +30,16 @@ def _counts(torch: Any, labels: Any) -> Any:
 
 
 def _device(torch: Any) -> str:
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    """The kind of device that JAX has too."""
+    return 'cuda' if torch.cuda.is_available() and not on_cpu() else 'cpu'
 
 
-def _forever(torch: Any, one: Callable) -> Iterator[Any]:
-    while True:
-        one()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        yield
+def _arm(torch: Any, one: Callable) -> Arm:
+    def steps():
+        while True:
+            yield one()
+
+    return Arm(steps(), lambda _: torch.cuda.synchronize() if _device(torch) == 'cuda' else None)
 
 
 def _problem(torch: Any, cell: Cell) -> tuple[Any, Any, Any]:
@@ -82,7 +84,7 @@ def _trained(torch: Any, table: Any, x: Any, loss: Callable) -> Arm:
         loss(x, centers).backward()
         optimizer.step()
 
-    return Arm(_forever(torch, one))
+    return _arm(torch, one)
 
 
 def _by_hand(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
@@ -94,14 +96,14 @@ def _by_hand(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
 def eager(torch: Any, cell: Cell) -> Arm:
     """Eq. 4 by hand with `index_add_`."""
     table, x, labels = _problem(torch, cell)
-    return Arm(_forever(torch, lambda: _by_hand(table, x, labels, _counts(torch, labels))))
+    return _arm(torch, lambda: _by_hand(table, x, labels, _counts(torch, labels)))
 
 
 def compiled(torch: Any, cell: Cell) -> Arm:
     """The same under `torch.compile`, the counts outside: their size is not known when it compiles."""
     table, x, labels = _problem(torch, cell)
     by_hand = torch.compile(_by_hand)
-    return Arm(_forever(torch, lambda: by_hand(table, x, labels, _counts(torch, labels))))
+    return _arm(torch, lambda: by_hand(table, x, labels, _counts(torch, labels)))
 
 
 ARMS = {
@@ -122,12 +124,13 @@ def toy(torch: Any, images: np.ndarray, labels: np.ndarray, num_classes: int, le
             channels = width
         layers.append(torch.nn.MaxPool2d(2))
     pixels = channels * (images.shape[1] // 4) * (images.shape[2] // 4)
-    trunk = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(pixels, 2))
-    classifier = torch.nn.Linear(2, num_classes, bias=False)
-    centers = torch.nn.Parameter(torch.zeros(num_classes, 2))
+    device = _device(torch)
+    trunk = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(pixels, 2)).to(device)
+    classifier = torch.nn.Linear(2, num_classes, bias=False, device=device)
+    centers = torch.nn.Parameter(torch.zeros(num_classes, 2, device=device))
     adam = torch.optim.Adam([*trunk.parameters(), *classifier.parameters()], lr=learning_rate)
     sgd = torch.optim.SGD([centers], lr=ALPHA)
-    x, y = torch.from_numpy(images), torch.from_numpy(labels).long()
+    x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device)
 
     def one():
         adam.zero_grad(set_to_none=True)
@@ -138,4 +141,4 @@ def toy(torch: Any, images: np.ndarray, labels: np.ndarray, num_classes: int, le
         adam.step()
         sgd.step()
 
-    return Arm(_forever(torch, one))
+    return _arm(torch, one)
