@@ -113,8 +113,12 @@ def measure_all(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task('', total=len(cells) * len(arms) * TURNS)
 
-        def tell(cell: Cell, arm: str) -> None:
-            progress.update(task, advance=1, description=f'B={cell.batch_size} C={cell.num_classes} {arm}')
+        def tell(cell: Cell, arm: str, left_out: str = '') -> None:
+            named = f'B={cell.batch_size} C={cell.num_classes} {arm}'
+            if left_out:
+                progress.print(f'{named} is left out: {left_out}', highlight=False, soft_wrap=True)
+            else:
+                progress.update(task, advance=1, description=named)
 
         for cell in cells:
             rows += [
@@ -124,7 +128,7 @@ def measure_all(
 
 
 def measure_cell(
-    arms: dict[str, Callable[[Cell], Arm | None]], cell: Cell, rounds: int, tell: Callable[[str], None]
+    arms: dict[str, Callable[[Cell], Arm | None]], cell: Cell, rounds: int, tell: Callable[..., None]
 ) -> list[dict[str, Any]]:
     """A row for each arm that can be measured in this cell, from the blocks of all turns."""
     speeds: list[float] = []
@@ -136,14 +140,20 @@ def measure_cell(
             tell(name)
             if turn and (name not in blocks or (min(blocks[name]) > SLOW and jax.process_count() == 1)):
                 continue
-            arm = make(cell)
-            if arm is None:
-                continue
-            blocks[name] = blocks.get(name, []) + measure(arm.steps, rounds, arm.wait)
-            compiled[name] = {'temporary_bytes': arm.temporary_bytes, 'accessed_bytes': arm.accessed_bytes}
-            # Its arrays are given back before the next arm comes.
-            arm.steps.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
-            del arm
+            try:
+                arm = make(cell)
+                if arm is None:
+                    continue
+                blocks[name] = blocks.get(name, []) + measure(arm.steps, rounds, arm.wait)
+                compiled[name] = {'temporary_bytes': arm.temporary_bytes, 'accessed_bytes': arm.accessed_bytes}
+                # Its arrays are given back before the next arm comes.
+                arm.steps.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or jax.process_count() > 1:
+                    raise
+                tell(name, 'out of memory')
+                blocks.pop(name, None)
+            arm = None
             gc.collect()
     speed = float(np.median(speeds))
     floor = PASSES * cell.batch_size * cell.feature_dim * 4 / speed
@@ -153,6 +163,12 @@ def measure_cell(
         copied = {'times_copy': timing.median / floor, 'copy_bytes_per_second': speed}
         rows.append({'arm': name, **cell._asdict(), **timing.row(), **copied, **compiled[name]})
     return rows
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Python's, JAX's and PyTorch's ways to say so."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or 'resource_exhausted' in said or 'out of memory' in said
 
 
 def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:

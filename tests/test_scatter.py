@@ -27,9 +27,10 @@ def way(request, monkeypatch):
         return ways.get(request.param, ways['default'])(*args)
 
     monkeypatch.setattr(jax.lax, 'platform_dependent', platform_dependent)
-    step.clear_cache()
+    jitted: Any = step
+    jitted.clear_cache()
     yield request.param
-    step.clear_cache()
+    jitted.clear_cache()
 
 
 @partial(jax.jit, donate_argnums=0)

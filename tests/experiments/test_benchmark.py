@@ -2,6 +2,7 @@
 
 import csv
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -56,6 +57,32 @@ def test_arms_take_turns_but_for_slow_ones(slow, turns, monkeypatch):
     rows = benchmark.measure_cell({'ours': arm, 'does not fit': lambda cell: None}, CELL, 1, lambda name: None)
     assert [row['arm'] for row in rows] == ['ours']
     assert len(made) == turns
+
+
+@pytest.mark.parametrize(
+    'error', [MemoryError(), RuntimeError('CUDA out of memory. Tried'), 'RESOURCE_EXHAUSTED: 2 TB']
+)
+def test_an_arm_without_memory_is_left_out_and_named(error):
+    error = jax.errors.JaxRuntimeError(error) if isinstance(error, str) else error
+    told = []
+
+    def greedy(cell):
+        if len(told) > 3:  # in the last turn
+            raise error
+        return jax_arms.one_device(cell)
+
+    arms = {'greedy': greedy, 'ours': jax_arms.one_device}
+    rows = benchmark.measure_cell(arms, CELL, 1, lambda *words: told.append(words))
+    assert [row['arm'] for row in rows] == ['ours']
+    assert ('greedy', 'out of memory') in told
+
+
+def test_any_other_error_of_an_arm_is_raised():
+    def broken(cell):
+        raise RuntimeError('a shape is wrong')
+
+    with pytest.raises(RuntimeError, match='shape'):
+        benchmark.measure_cell({'broken': broken}, CELL, 1, lambda *words: None)
 
 
 def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys):
