@@ -44,7 +44,7 @@ def sums_of_repeated(indices: Array, values: Array, scale: Array, num_classes: i
 
 
 def class_sizes(indices: Array, num_classes: int | None, room: int) -> Array:
-    """int32 [N], the number of rows that have the index of each row. `room` is as large as an array may be for that."""
+    """int32 [N], the number of rows that have the index of each row. `room`: how many numbers it may hold for that."""
     return _sizes_and_first(indices, num_classes, room)[0]
 
 
@@ -53,9 +53,9 @@ def _sizes_and_first(indices: Array, num_classes: int | None, room: int) -> tupl
     if num_classes is not None and num_classes <= indices.size:
         return _by_class(indices, num_classes)
     by_any = _by_pairs if indices.size <= FEW else _by_neighbours
-    if num_classes is None or num_classes > room:
+    if num_classes is None or 2 * num_classes > room:
         return by_any(indices)
-    # To fill an array of all classes takes an accelerator less time than to sort.
+    # To fill two arrays of all classes takes an accelerator less time than to sort.
     return jax.lax.platform_dependent(
         indices, cpu=by_any, default=functools.partial(_by_class, num_classes=num_classes)
     )
