@@ -168,7 +168,12 @@ def measure_cell(
 def out_of_memory(error: Exception) -> bool:
     """Python's, JAX's and PyTorch's ways to say so."""
     said = str(error).lower()
-    return isinstance(error, MemoryError) or 'resource_exhausted' in said or 'out of memory' in said
+    return (
+        isinstance(error, MemoryError)
+        or 'resource_exhausted' in said
+        or 'out of memory' in said
+        or "can't allocate memory" in said
+    )
 
 
 def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:

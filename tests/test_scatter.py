@@ -64,6 +64,16 @@ def test_many_rows_move_their_centers_as_eq_4_says(size, num_classes):
     assert state.left_out == 0
 
 
+def test_more_classes_than_numbers_in_the_batch():
+    rng = np.random.default_rng(0)
+    x, centers = rng.normal(size=(300, 3)).astype(np.float32), rng.normal(size=(2000, 3)).astype(np.float32)
+    labels = np.where(rng.random(300) < 0.5, 7, rng.integers(0, 100, 300))
+    moved, state = run(centers, x, labels, np.ones(300, bool))
+    expected = oracle.center_update(x, centers, labels, 0.5)
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.step_norm, np.linalg.norm(expected - centers), rtol=1e-5)
+
+
 @pytest.mark.parametrize('num_classes', CLASSES)
 def test_in_float64_to_1e_12(num_classes):
     with jax.enable_x64(True):
@@ -127,7 +137,7 @@ def test_moves_that_were_summed_are_dropped():
 
 
 def test_temporaries_do_not_depend_on_the_number_of_classes(way):
-    # At once, an array of all classes may be as large as the batch.
+    # At once, two arrays of all classes may together be as large as the batch.
     numbers, limit = {'cpu': ((1000, 10_000, 1_000_000), 2), 'default': ((1000, 3_000_000, 6_000_000), 4)}[way]
 
     def memory(num_classes) -> Any:

@@ -60,7 +60,13 @@ def test_arms_take_turns_but_for_slow_ones(slow, turns, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'error', [MemoryError(), RuntimeError('CUDA out of memory. Tried'), 'RESOURCE_EXHAUSTED: 2 TB']
+    'error',
+    [
+        MemoryError(),
+        RuntimeError('CUDA out of memory. Tried'),
+        RuntimeError("can't allocate memory"),
+        'RESOURCE_EXHAUSTED: 2 TB',
+    ],
 )
 def test_an_arm_without_memory_is_left_out_and_named(error):
     error = jax.errors.JaxRuntimeError(error) if isinstance(error, str) else error
