@@ -49,7 +49,7 @@ def class_sizes(indices: Array, num_classes: int | None, room: int) -> Array:
 
 
 def _sizes_and_first(indices: Array, num_classes: int | None, room: int) -> tuple[Array, Array]:
-    """int32 [N] twice: the number of rows that have the index of each row, and the first of them."""
+    """int32 [N] twice: the number of rows that have the index of each row, and the first of them; MISTAKE apart."""
     if num_classes is not None and num_classes <= indices.size:
         return _by_class(indices, num_classes)
     by_any = _by_pairs if indices.size <= FEW else _by_neighbours

@@ -56,10 +56,11 @@ def measure(steps: Iterator[Any], rounds: int, wait: Callable[[Any], Any] = jax.
 
 def _block(steps: Iterator[Any], wait: Callable[[Any], Any], patience: float) -> float:
     """Seconds a step over eight steps, or over those of the first seconds."""
+    wait_for_each = on_cpu()
     begun, done, last = time.perf_counter(), 0, None
     while done < BLOCK and time.perf_counter() - begun < patience:
         last = next(steps)
-        if on_cpu():
+        if wait_for_each:
             wait(last)
             last = None  # or the next step could not have its memory
         done += 1

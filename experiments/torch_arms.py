@@ -39,7 +39,8 @@ def _arm(torch: Any, one: Callable) -> Arm:
         while True:
             yield one()
 
-    return Arm(steps(), lambda _: torch.cuda.synchronize() if _device(torch) == 'cuda' else None)
+    cuda = _device(torch) == 'cuda'
+    return Arm(steps(), lambda _: torch.cuda.synchronize() if cuda else None)
 
 
 def _problem(torch: Any, cell: Cell) -> tuple[Any, Any, Any]:
