@@ -38,7 +38,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         classes = [row['num_classes'] for row in ours]
         panel.plot(classes, floor, ':', color='#444444', marker='_', linewidth=0.8)
         below: Any = {'xytext': (0, -3), 'textcoords': 'offset points', 'va': 'top'}
-        panel.annotate('copy of 5 B D floats', (classes[0], min(floor)), fontsize=7, **below)
+        panel.annotate('5 B D floats at copy speed', (classes[0], min(floor)), fontsize=7, **below)
         panel.set(xscale='log', yscale='log', xlabel='classes C', title=f'B = {size:,}')
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('milliseconds a step')
