@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -43,8 +44,9 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
         jax.distributed.initialize(coordinator, count, index)
     except ValueError as error:  # which of its values JAX has not found
         raise JoinError(
-            f'--distributed finds no Slurm, GKE, TPU or MPI job around this process ({error}); '
-            'pass --coordinator HOST:PORT --num-processes N --process-id I'
+            f'--distributed finds no step of Slurm, and no GKE, TPU or MPI job around this process ({error}); in a '
+            'batch script of Slurm start it with srun, elsewhere pass '
+            '--coordinator HOST:PORT --num-processes N --process-id I'
         ) from error
     # JAX takes SIGTERM for itself and only remembers it. A run that can save listens to it (`stopping`), the rest ends.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -117,6 +119,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self._index, self._count = index, count
         self._store: Any = distributed.global_state.client
+        self._calls = ThreadPoolExecutor(1)
         self._done = threading.Event()
         own, watched = ('first', 'others') if index == 0 else ('others', 'first')
         self._own, self._watched = f'run/{own}/', f'run/{watched}/'
@@ -128,10 +131,10 @@ class Watch(threading.Thread):
         while not self._done.wait(BEAT):
             beat += 1
             try:
-                self._store.key_value_set(f'{self._own}{self._index}', str(beat), allow_overwrite=True)
-                signs = dict(self._store.key_value_dir_get(self._watched))
-                lost = dict(self._store.key_value_dir_get('run/lost/'))
-            except jax.errors.JaxRuntimeError:
+                self._ask(self._store.key_value_set, f'{self._own}{self._index}', str(beat), allow_overwrite=True)
+                signs = dict(self._ask(self._store.key_value_dir_get, self._watched))
+                lost = dict(self._ask(self._store.key_value_dir_get, 'run/lost/'))
+            except (jax.errors.JaxRuntimeError, TimeoutError):
                 if not self._done.is_set():
                     self._exit('process 0 was lost: it answers no more')
                 return
@@ -154,9 +157,13 @@ class Watch(threading.Thread):
         self._done.set()
         failed = self._index if index is None else index
         line = f'process {failed} of {self._count} {what}'
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 may be lost as well
-            self._store.key_value_set(f'run/lost/{failed}', line, allow_overwrite=True)
+        with contextlib.suppress(jax.errors.JaxRuntimeError, TimeoutError):  # process 0 may be lost as well
+            self._ask(self._store.key_value_set, f'run/lost/{failed}', line, allow_overwrite=True)
         self._exit('' if index is None else line, code)
+
+    def _ask(self, call: Callable, *args: str, **options: bool) -> Any:
+        """The answer of the store. It is in process 0, and where that has stopped or is cut off no call returns."""
+        return self._calls.submit(call, *args, **options).result(SILENCE)
 
     def _exit(self, reason: str, code: int = 1) -> None:
         """Ends the process without waiting for anyone, as Python's exit would."""

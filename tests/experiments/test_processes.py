@@ -137,6 +137,22 @@ def test_a_process_that_is_killed_ends_the_other_within_a_minute_and_the_last_sa
 
 
 @pytest.mark.slow
+def test_a_coordinator_that_answers_no_more_ends_the_other_within_a_minute(tmp_path):
+    # As when its machine loses power or the network: no connection is closed.
+    both = start_two('--batch-size', 500, '--epochs', 300, '--out', tmp_path / 'run')
+    wait_for(tmp_path / 'run' / 'snapshots', 3)
+    both[0].send_signal(signal.SIGSTOP)
+    code, _, errors = finish(both[1], timeout=60)
+    both[0].kill()
+    finish(both[0])
+    assert code == 1
+    assert errors.splitlines() == [
+        'process 0 was lost: it answers no more. '
+        'Give the same lines again; a run goes on from its last save, which is whole, with --resume'
+    ]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_and_stops_both(tmp_path):
     both = start_two('--batch-size', 500, '--epochs', 300, '--out', tmp_path / 'run')
     wait_for(tmp_path / 'run' / 'snapshots', 3)
