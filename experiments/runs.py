@@ -78,6 +78,10 @@ class Run:
         if processes.first():
             check_folder(out)
         held = (out / CONFIG).exists()
+        if all(processes.largest(held, not held)):
+            raise RunError(
+                f'--out {out} holds a run for some of the processes and none for others; name a folder that all see'
+            )
         if held and not (overwrite or resume):
             raise RunError(
                 f'--out {out} holds a run; name another folder, or pass --resume to go on with it, '

@@ -27,8 +27,8 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start_two(*flags: object, experiment: str = 'toy2d') -> list[subprocess.Popen]:
-    """Starts both processes of a run, with two devices each."""
+def start_two(*flags: object, experiment: str = 'toy2d', own: tuple = ((), ())) -> list[subprocess.Popen]:
+    """Starts both processes of a run, with two devices each; `own` are flags of one of them."""
     coordinator = f'localhost:{free_port()}'
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
     flags += ('--coordinator', coordinator, '--num-processes', 2)
@@ -40,7 +40,7 @@ def start_two(*flags: object, experiment: str = 'toy2d') -> list[subprocess.Pope
                 'error',
                 '-m',
                 f'experiments.{experiment}',
-                *map(str, (*flags, '--process-id', index)),
+                *map(str, (*flags, *own[index], '--process-id', index)),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -172,6 +172,16 @@ def test_a_process_that_fails_tells_the_others_why(tmp_path):
         assert code == 2
         assert len(errors.splitlines()) == 1
         assert '--batch-size must be a multiple of the 2 processes, got 499' in errors
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_the_same_for_all_is_one_line_and_exit_code_2(tmp_path):
+    assert run(*QUICK, '--parallel', 'none', '--out', tmp_path / '0') == 0
+    both = start_two(*QUICK, '--resume', own=(('--out', tmp_path / '0'), ('--out', tmp_path / '1')))
+    for code, _, errors in map(finish, both):
+        assert code == 2
+        assert len(errors.splitlines()) == 1
+        assert 'name a folder that all see' in errors
 
 
 THIRD = ('--num-processes', 3, '--process-id', 2)
