@@ -157,7 +157,7 @@ def rows_of(labels: ArrayLike | Sequence, where: ArrayLike | None, num_classes: 
         _raise_on_mistakes(labels, np.asarray(jax.device_get(mistakes)), num_classes)
     valid = counted & in_table
     narrow = xp.where((labels >= 0) & in_table, labels, xp.zeros_like(labels)).astype(np.int32)
-    indices = jnp.where(valid, narrow, jnp.where(counted, np.int32(MISTAKE), np.int32(LEFT_OUT)))
+    indices = jnp.where(counted, jnp.where(valid, narrow, np.int32(MISTAKE)), np.int32(LEFT_OUT))
     return Rows(indices, jnp.asarray(counted), jnp.asarray(valid))
 
 

@@ -65,6 +65,27 @@ def test_a_wrong_number_of_classes_loses_no_center(table, num_classes):
         clj.unshard_centers(clj.shard_centers(table, over(8)), num_classes)
 
 
+@pytest.mark.parametrize('num_classes', [None, 10])
+def test_a_center_that_became_inf_is_saved_with_those_behind_it(table, num_classes):
+    table[4] = np.inf
+    saved = clj.unshard_centers(clj.shard_centers(table, over(8)), num_classes)
+    np.testing.assert_array_equal(saved, table)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1), (8, 1), (1, 8), (2, 4)])
+def test_explicit_axes_need_no_jit(table, sizes):
+    # An axis of one device is an axis too.
+    devices = jax.devices()[: sizes[0] * sizes[1]]
+    mesh = jax.make_mesh(sizes, ('data', 'classes'), axis_types=(AxisType.Explicit,) * 2, devices=devices)
+    x, labels = np.ones((16, 3), np.float32), np.array([*range(10), -1, 3, 3, -1, 9, 0])
+    on_mesh = jax.device_put((x, labels), NamedSharding(mesh, P(('data', 'classes'))))
+    centers = clj.shard_centers(table, NamedSharding(mesh, P('classes')))
+    loss = clj.center_loss(on_mesh[0], centers, on_mesh[1])
+    np.testing.assert_allclose(loss, oracle.center_loss(x, table, labels), rtol=1e-6)
+    np.testing.assert_array_equal(clj.center_rows(on_mesh[0], centers, on_mesh[1]).indices, labels)
+    np.testing.assert_array_equal(clj.class_statistics(*on_mesh, 10).count, [2, 1, 1, 3, 1, 1, 1, 1, 1, 2])
+
+
 def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
     mesh = mesh_of(8)
     centers = clj.shard_centers(table, NamedSharding(mesh, P('classes', None)))
