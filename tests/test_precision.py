@@ -117,6 +117,9 @@ def test_a_narrow_table_rounds_the_whole_move_of_a_class_once():
     # Half a unit in the last place is 1/4 here: a smaller move is lost, as a narrow table always loses it.
     stalled, _ = move(centers, clj.center_rows(x[:1] - 0.5, centers, [1]))
     np.testing.assert_array_equal(stalled, centers)
+    # A table in float16 is as small, and its unit at 100 is 1/16.
+    moved, _ = move(centers.astype(jnp.float16), clj.center_rows(x[:1] - 0.5, centers, [1]))
+    np.testing.assert_array_equal(moved, jnp.array([[100, 100], [100.125, 100.125], [100, 100]], jnp.float16))
 
 
 @pytest.mark.parametrize('content', [np.nan, np.inf, -np.inf])
