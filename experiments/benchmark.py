@@ -168,12 +168,8 @@ def measure_cell(
 def out_of_memory(error: Exception) -> bool:
     """Python's, JAX's and PyTorch's ways to say so."""
     said = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or 'resource_exhausted' in said
-        or 'out of memory' in said
-        or "can't allocate memory" in said
-    )
+    words = 'resource_exhausted', 'out of memory', "can't allocate memory"
+    return isinstance(error, MemoryError) or any(word in said for word in words)
 
 
 def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
