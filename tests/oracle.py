@@ -109,15 +109,14 @@ def center_update(x, centers, labels, alpha, *, where=None, weights=None):
     x, centers, labels = _float64(x), _float64(centers), np.asarray(labels)
     weights = _element_weights(x, weights)
     new = centers.copy()
+    examples_of = [[] for _ in centers]
+    for i in _counted(labels, where):
+        if all(np.isfinite(feature) for feature in x[i]):
+            examples_of[labels[i]].append(i)
     for j in range(len(centers)):
-        n, move = 0, np.zeros(centers.shape[1])
-        for i in _counted(labels, where):
-            if labels[i] == j and all(np.isfinite(feature) for feature in x[i]):
-                n += 1
-                for d in range(x.shape[-1]):
-                    move[d] += weights[i][d] * (centers[j][d] - x[i][d])
         for d in range(centers.shape[1]):
-            new[j][d] = centers[j][d] - alpha * move[d] / (1 + n)
+            move = sum(weights[i][d] * (centers[j][d] - x[i][d]) for i in examples_of[j])
+            new[j][d] = centers[j][d] - alpha * move / (1 + len(examples_of[j]))
     return new
 
 

@@ -122,16 +122,21 @@ def test_a_center_that_became_inf_is_no_padding_for_the_classes_after_it():
     assert rows.indices.tolist() == [2, 7]
 
 
-@pytest.mark.parametrize('batch_spec', [P('data'), P(('data', 'classes'))], ids=lambda spec: f'batch {spec}')
-@pytest.mark.parametrize('spec', TABLES, ids=str)
-def test_the_nearest_center_is_the_same_on_a_mesh_and_the_table_stays(mesh, spec, batch_spec):
+@pytest.fixture(scope='module')
+def nearest():
     rng = np.random.default_rng(1)
     x, centers = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=(4093, 3)).astype(np.float32)
+    return x, centers, oracle.nearest_center(x, centers)
+
+
+@pytest.mark.parametrize('batch_spec', [P('data'), P(('data', 'classes'))], ids=lambda spec: f'batch {spec}')
+@pytest.mark.parametrize('spec', TABLES, ids=str)
+def test_the_nearest_center_is_the_same_on_a_mesh_and_the_table_stays(nearest, mesh, spec, batch_spec):
+    x, centers, (expected_labels, expected_distances) = nearest
     table = clj.shard_centers(centers, NamedSharding(mesh, spec))
     batch = jax.device_put(x, NamedSharding(mesh, batch_spec))
     compiled = jax.jit(clj.nearest_center).lower(batch, table).compile()
     labels, distances = compiled(batch, table)
-    expected_labels, expected_distances = oracle.nearest_center(x, centers)
     np.testing.assert_array_equal(labels, expected_labels)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
     assert max(collective_sizes(compiled), default=0) < 512  # a device's part of the table has 1,536 numbers

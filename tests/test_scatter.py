@@ -14,7 +14,7 @@ from updates import move
 
 import centerloss_jax as clj
 
-FEATURES = 128
+FEATURES = 16
 SIZES = [200, 1024, 1345]  # of few rows all pairs are compared
 CLASSES = [1, 7, 900, 5000]  # fewer than the rows, which are summed by class, and more
 
@@ -87,11 +87,15 @@ def test_in_float64_to_1e_12(num_classes):
 @pytest.mark.parametrize('num_classes', CLASSES)
 def test_a_step_size_in_float64_leaves_a_float32_table_as_it_is(num_classes):
     x, centers, labels, _ = problem(SIZES[0], num_classes)
-    with jax.enable_x64(True):
-        rows = clj.center_rows(x, centers, labels)
+
+    @jax.jit
+    def run(centers):
         transform: Any = clj.center_update(lambda count: np.float64(0.5) + 0.0 * count)
-        updates, state = jax.jit(transform.update)(rows, transform.init(centers), centers)
-        moved = centers + updates
+        updates, state = transform.update(clj.center_rows(x, centers, labels), transform.init(centers), centers)
+        return centers + updates, state
+
+    with jax.enable_x64(True):
+        moved, state = run(centers)
     chex.assert_type([moved, state.step_norm], jnp.float32)
     np.testing.assert_allclose(moved, oracle.center_update(x, centers, labels, 0.5), rtol=1e-5, atol=1e-6)
 
