@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import benchmark, jax_arms, torch_arms
+from experiments import benchmark, jax_arms, timing, torch_arms
 from experiments.devices import choose
 from experiments.jax_arms import Cell
 
 CELL = Cell(batch_size=64, num_classes=24, feature_dim=6)
 MESH = 'data=2,classes=4'
 LAYOUTS = jax_arms.arms(choose('auto')) | jax_arms.arms(choose('auto', MESH), MESH)
+
+
+@pytest.fixture(autouse=True)
+def _copies_are_small(monkeypatch):
+    monkeypatch.setattr(timing, 'COPIED', 2**20)
 
 
 @pytest.mark.parametrize('arm', LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -91,7 +96,8 @@ def test_any_other_error_of_an_arm_is_raised():
         benchmark.measure_cell({'broken': broken}, CELL, 1, lambda *words: None)
 
 
-def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys):
+def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, 'TURNS', 1)
     out = tmp_path / 'a b'
     sizes = {'batch_sizes': (16,), 'classes': (8, 24), 'feature_dim': 4, 'rounds': 1}
     benchmark.main(benchmark.Config(**sizes, allocator='default', out=out))
