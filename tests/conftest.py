@@ -1,5 +1,6 @@
 """What the whole suite shares: eight CPU devices, one worked example, one way to run on several devices."""
 
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import hypothesis
@@ -9,6 +10,11 @@ import pytest
 
 # Before anything asks for a device: the number is fixed from then on.
 jax.config.update('jax_num_cpu_devices', 8)
+
+# Many tests compile the same program, a run of an experiment above all: only the first of a process pays for it.
+COMPILED = TemporaryDirectory(prefix='compiled')
+jax.config.update('jax_compilation_cache_dir', COMPILED.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # Every new shape is a compilation, so few examples; derandomized, so that a failure is one for everybody.
 hypothesis.settings.register_profile('suite', max_examples=25, deadline=None, derandomize=True)
