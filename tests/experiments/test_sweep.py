@@ -69,6 +69,7 @@ def test_a_sweep_goes_on_where_it_was_and_does_no_cell_twice(whole, tmp_path, ca
     assert 'finished' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_mesh_has_the_cells_of_one_on_cores(whole, tmp_path):
     assert run(*FLAGS, '--out', tmp_path / 'sweep', '--mesh', 'data=2,classes=4') == 0
     for row, expected in zip(table(tmp_path / 'sweep'), table(whole), strict=True):

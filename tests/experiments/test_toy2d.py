@@ -208,13 +208,14 @@ def test_help_explains_every_flag_with_its_default(capsys):
 
 
 def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
-    out = short(tmp_path, data_dir, center_weight=0.0)
+    out = short(tmp_path, data_dir, center_weight=0.0, parallel='none')
     softmax, center = rows(out)
     timed = {'arm', 'epoch_seconds', 'steps_per_second'}
     assert {k: v for k, v in softmax.items() if k not in timed} == {k: v for k, v in center.items() if k not in timed}
     assert float(center['center_step_norm']) > 0
 
 
+@pytest.mark.slow
 def test_all_ways_to_use_the_devices_give_the_same_metrics_for_some_steps(tmp_path, data_dir):
     # The epoch has 6. Sums are rounded in another order, which training amplifies: after 60 losses differ.
     # On 8 devices neither a batch of 250 nor the short last one can be divided, nor can 10 classes on 4.
@@ -236,7 +237,7 @@ def test_collapsed_features_are_said_to_have_collapsed(tmp_path, data_dir, capsy
     assert (out / 'features.png').exists()
 
 
-@pytest.mark.parametrize('feature_dim', [1, 5])
+@pytest.mark.parametrize('feature_dim', [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_any_feature_dimension_is_trained_and_drawn(tmp_path, data_dir, feature_dim):
     out = short(tmp_path, data_dir, feature_dim=feature_dim, parallel='none')
     assert (out / 'features.png').exists()

@@ -139,6 +139,7 @@ def test_omniglot_whose_splits_have_alphabets_of_their_own_is_verified_on_those_
     assert summary['center']['auc']['low'] is None
 
 
+@pytest.mark.slow
 def test_lfw_whose_labels_are_names_and_which_has_one_split_is_verified_on_some_of_its_people(tmp_path, capsys):
     people = [f'Person_{letter}'.encode() for letter in 'ABCDEFGHIJ']
     pictures = [(image, people[label]) for image, label in pictures_of(10, 6, 250)]
