@@ -89,13 +89,13 @@ def test_a_step_size_in_float64_leaves_a_float32_table_as_it_is(num_classes):
     x, centers, labels, _ = problem(SIZES[0], num_classes)
 
     @jax.jit
-    def run(centers):
+    def by_half(centers):
         transform: Any = clj.center_update(lambda count: np.float64(0.5) + 0.0 * count)
         updates, state = transform.update(clj.center_rows(x, centers, labels), transform.init(centers), centers)
         return centers + updates, state
 
     with jax.enable_x64(True):
-        moved, state = run(centers)
+        moved, state = by_half(centers)
     chex.assert_type([moved, state.step_norm], jnp.float32)
     np.testing.assert_allclose(moved, oracle.center_update(x, centers, labels, 0.5), rtol=1e-5, atol=1e-6)
 
