@@ -208,7 +208,7 @@ def test_help_explains_every_flag_with_its_default(capsys):
 
 
 def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
-    out = short(tmp_path, data_dir, center_weight=0.0, parallel='none')
+    out = short(tmp_path, data_dir, center_weight=0.0)
     softmax, center = rows(out)
     timed = {'arm', 'epoch_seconds', 'steps_per_second'}
     assert {k: v for k, v in softmax.items() if k not in timed} == {k: v for k, v in center.items() if k not in timed}
