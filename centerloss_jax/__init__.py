@@ -9,14 +9,13 @@
 """
 
 from centerloss_jax import linen, nnx
-from centerloss_jax._lookup import check_labels
+from centerloss_jax._inputs import check_labels
 from centerloss_jax._loss import center_loss, center_loss_and_rows, center_rows
 from centerloss_jax._nearest import nearest_center
 from centerloss_jax._optimizer import with_centers
-from centerloss_jax._placement import shard_centers, unshard_centers
-from centerloss_jax._replicas import check_replicas
 from centerloss_jax._rows import RowUpdates, concatenate_rows
 from centerloss_jax._statistics import ClassStatistics, class_statistics
+from centerloss_jax._tables import check_replicas, shard_centers, unshard_centers
 from centerloss_jax._update import CenterUpdateState, center_update
 
 __version__ = '0.1.0'

@@ -1,11 +1,11 @@
-"""The one lookup that everything shares: which row of the table an example meets, and its difference to that row.
+"""Checks of every argument, the messages of every error, and the rules for labels.
 
-Label rules live here and nowhere else. So does the gather: a second, different lookup of the same table in one step
-would cost a copy of the table, since XLA scatters in place only where it can order every read before the scatter.
+Labels, and the indices of rows, are compared with 0 and with the number of rows in their own dtype, and narrowed to
+int32 after that. JAX without x64 folds the NumPy label 2**32 + 3 to 3, and `jnp.where(y < 0, 1000, y)` on int8 is -24.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,79 +14,153 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from centerloss_jax._mesh import num_rows_before_padding, take_rows
+HostOrDevice = np.ndarray | Array
+ReduceFn = Callable[[Array], Array]
+AxisName = str | tuple[str, ...]
 
-AnyArray = np.ndarray | Array  # on the host or on a device
-
-# An index that stands for no row: an example that is left out, and a label beyond the table, which is a mistake.
-LEFT_OUT = -1
-MISTAKE = int(np.iinfo(np.int32).max)
-
-
-class Rows(NamedTuple):
-    """The rows of a batch. All three have the labels' shape."""
-
-    indices: Array  # int32: a row of the table, LEFT_OUT or MISTAKE
-    counted: Array  # bool: not left out by `where` or by a negative label
-    valid: Array  # bool: counted, and the label is below the number of classes
+# Indices that name no row: an example that is left out, and a label or row that is dropped because it is a mistake.
+IGNORED = -1
+DROPPED = int(np.iinfo(np.int32).max)
 
 
-class Examples(NamedTuple):
-    """A batch beside its centers."""
+def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
+    """Checks labels on the host, before they enter a compiled step.
 
-    x: Array  # [..., D]
-    own: Array  # [..., D], the center of each example's class
-    weights: Array | None  # labels.shape + (1,) or [..., D], in float32 or wider; 0 where the example is not valid
-    rows: Rows
+    Inside `jax.jit` a label of C or more makes the loss NaN. On the host it is an error that gives its place.
 
-    def difference(self) -> Array:
-        """[..., D] c_y - x in float32 or wider, and 0 where the example is not valid.
+    Args:
+      labels: integers of any shape and integer dtype, on the host or on a device. Negative labels pass: they leave an
+        example out.
+      num_classes: number of classes C; the valid labels are 0 to C - 1.
 
-        What is left out is masked before the arithmetic, so that a NaN it holds enters no value and no gradient.
-        """
-        dtype, mask = wide(self.x.dtype, self.own.dtype), self.rows.valid[..., None]
-        return jnp.where(mask, self.own.astype(dtype), 0) - jnp.where(mask, self.x.astype(dtype), 0)
+    Returns:
+      None.
+
+    Raises:
+      TypeError: if labels are not integers.
+      ValueError: if a label is `num_classes` or more; the message gives the first one and its place. If num_classes is
+        below 1.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> clj.check_labels([0, 2, -1], num_classes=3)
+      >>> clj.check_labels([1, 2, 3], num_classes=3)
+      Traceback (most recent call last):
+      ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2; negative ones leave an example out
+    """
+    check_num_classes(num_classes)
+    labels = np.asarray(jax.device_get(_as_integers(labels)))
+    _raise_on_mistakes(labels, np.asarray(row_index(labels, num_classes)) == DROPPED, num_classes)
+
+
+def class_index(
+    labels: ArrayLike | Sequence, where: ArrayLike | None, num_classes: int, shape: tuple[int, ...]
+) -> Array:
+    """Returns the row of each label, int32 of the given shape: IGNORED where left out, DROPPED for labels >= C.
+
+    A label >= C is an error where its value can be read, which inside a transformation it can not.
+    """
+    labels = _as_integers(labels)
+    if labels.shape != shape:
+        one_hot = labels.shape == (*shape, num_classes)
+        hint = '; for one-hot labels pass labels.argmax(-1)' if one_hot else ''
+        raise ValueError(f'labels must have shape {shape}, as x without its last axis, got {labels.shape}{hint}')
+    index = row_index(labels, num_classes)
+    if where is not None:
+        where = _check_where(where, shape)
+        xp = np if isinstance(index, np.ndarray) and isinstance(where, np.ndarray) else jnp
+        index = xp.where(where, index, np.int32(IGNORED))
+    if _is_concrete(index):
+        _raise_on_mistakes(labels, np.asarray(jax.device_get(index)) == DROPPED, num_classes)
+    return jnp.asarray(index)
+
+
+def row_index(integers: HostOrDevice, num_rows: int) -> HostOrDevice:
+    """Narrows integers to int32: IGNORED where they are negative, DROPPED where they are num_rows or more."""
+    xp = np if isinstance(integers, np.ndarray) else jnp
+    largest = jnp.iinfo(integers.dtype).max
+    in_table = integers < num_rows if num_rows <= largest else xp.ones_like(integers, dtype=bool)
+    narrow = xp.where(in_table, integers, xp.zeros_like(integers)).astype(np.int32)
+    return xp.where(integers < 0, np.int32(IGNORED), xp.where(in_table, narrow, np.int32(DROPPED)))
+
+
+def check_num_classes(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f'num_classes must be at least 1, got {num_classes}')
 
 
 def check_table(centers: ArrayLike, name: str = 'centers') -> Array:
-    centers = check_floating(centers, name)
+    centers = _check_floating(centers, name)
     if centers.ndim != 2 or 0 in centers.shape:
         raise ValueError(f'{name} must have shape [C, D] with C and D at least 1, got {list(centers.shape)}')
-    if centers.shape[0] >= MISTAKE:
-        raise ValueError(f'{name} must have fewer than {MISTAKE} rows, got {centers.shape[0]}')
+    if centers.shape[0] >= DROPPED:
+        raise ValueError(f'{name} must have fewer than {DROPPED} rows, got {centers.shape[0]}')
     return centers
 
 
 def check_features(x: ArrayLike, num_features: int | None = None) -> Array:
-    x = check_floating(x, 'x')
+    x = _check_floating(x, 'x')
     if x.ndim < 1 or (num_features is not None and x.shape[-1] != num_features):
         expected = 'D' if num_features is None else f'D={num_features} as the centers have'
         raise ValueError(f'x must have shape [..., D] with {expected}, got {list(x.shape)}')
     return x
 
 
-def check_floating(a: ArrayLike, name: str) -> Array:
+def check_weights(weights: ArrayLike, x: Array) -> Array:
+    """Returns weights that broadcast against x: `[..., 1]` or x.shape."""
+    weights, by_example = jnp.asarray(weights), x.shape[:-1]
+    if weights.shape not in (by_example, x.shape):
+        raise ValueError(
+            f'weights must have shape {by_example}, as the labels, or {x.shape}, as x, got {weights.shape}'
+        )
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise TypeError(f'weights must be real numbers, got {type_name(weights)}')
+    return weights if weights.shape == x.shape else weights[..., None]
+
+
+def check_reduction(reduce_fn: ReduceFn | None, axis_name: AxisName | None) -> None:
+    if axis_name is not None and reduce_fn is not jnp.mean:
+        raise ValueError('axis_name goes with reduce_fn=jnp.mean alone: it sets the denominator of the mean')
+    if reduce_fn is not None and not callable(reduce_fn):
+        raise TypeError(f'reduce_fn must be a function such as jnp.sum, or None, got {reduce_fn!r}')
+
+
+def check_axis_name(axis_name: AxisName | None) -> None:
+    if axis_name is None:
+        return
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f'axis_name must be the name of an axis or a tuple of names, got {axis_name!r}')
     try:
-        array = jnp.asarray(a)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f'{name} must be a floating point array, got {type(a).__name__}: {error}') from None
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f'{name} must be floating point, got {type_name(array)}; cast it with {name}.astype(...)')
-    return array
+        jax.lax.axis_size(axis_name)
+    except NameError:
+        raise NameError(
+            f'axis_name={axis_name!r} is not the name of an axis here: pass the axis_name of the jax.pmap, '
+            'jax.shard_map or jax.vmap around this call, or leave axis_name out on one device and under a plain jax.jit'
+        ) from None
 
 
-def type_name(a: AnyArray) -> str:
-    """float32[4,2], as JAX writes it."""
-    return f'{a.dtype.name}[{",".join(map(str, a.shape))}]'
+def check_alpha(alpha: Any) -> None:
+    if callable(alpha):
+        return
+    if jnp.ndim(alpha) != 0 or isinstance(alpha, str):
+        raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
+    if not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
+        raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
 
 
-def wide(*dtypes: np.dtype) -> np.dtype:
-    """The dtype that these are computed in: theirs, and float32 at least."""
+def compute_dtype(*dtypes: np.dtype) -> np.dtype:
+    """Returns the dtype of a computation on these dtypes: their common one, and float32 at least."""
     return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
-def as_integers(labels: ArrayLike | Sequence) -> AnyArray:
-    """Labels as they are: NumPy's stay NumPy's, since JAX without x64 folds 2**32 + 3 to 3."""
+def type_name(a: HostOrDevice) -> str:
+    """Returns the type as JAX writes it: float32[4,2]."""
+    return f'{a.dtype.name}[{",".join(map(str, a.shape))}]'
+
+
+def _as_integers(labels: ArrayLike | Sequence) -> HostOrDevice:
+    """Checks the dtype. NumPy and Python labels stay NumPy's, since JAX without x64 would fold them to 32 bits."""
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels, dtype=np.int32 if np.size(labels) == 0 and isinstance(labels, list) else None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -96,39 +170,7 @@ def as_integers(labels: ArrayLike | Sequence) -> AnyArray:
     return labels
 
 
-def below(labels: AnyArray, num_classes: int) -> AnyArray:
-    """labels < num_classes, where num_classes may be more than the labels' dtype can hold."""
-    return labels < num_classes if num_classes <= jnp.iinfo(labels.dtype).max else labels == labels
-
-
-def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
-    """Checks labels on the host, before they enter a compiled step.
-
-    Inside `jax.jit` a label that names no class can only make the loss NaN; here it is an error with its place.
-
-    Args:
-      labels: integers of any shape and integer dtype, on the host or on a device. Negative labels pass: they leave an
-        example out.
-      num_classes: number of classes C; the valid labels are 0 to C - 1.
-
-    Raises:
-      TypeError: if labels are not integers.
-      ValueError: if a label is `num_classes` or more, with the first one and its place; if num_classes is below 1.
-
-    Example:
-      >>> import centerloss_jax as clj
-      >>> clj.check_labels([0, 2, -1], num_classes=3)
-      >>> clj.check_labels([1, 2, 3], num_classes=3)
-      Traceback (most recent call last):
-      ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2; negative ones leave an example out
-    """
-    if num_classes < 1:
-        raise ValueError(f'num_classes must be at least 1, got {num_classes}')
-    labels = np.asarray(jax.device_get(as_integers(labels)))
-    _raise_on_mistakes(labels, ~np.asarray(below(labels, num_classes)), num_classes)
-
-
-def _raise_on_mistakes(labels: AnyArray, mistakes: np.ndarray, num_classes: int) -> None:
+def _raise_on_mistakes(labels: HostOrDevice, mistakes: np.ndarray, num_classes: int) -> None:
     if mistakes.any():
         place = tuple(int(i) for i in np.argwhere(mistakes)[0])
         subscript = ', '.join(map(str, place))
@@ -139,29 +181,7 @@ def _raise_on_mistakes(labels: AnyArray, mistakes: np.ndarray, num_classes: int)
         )
 
 
-def rows_of(labels: ArrayLike | Sequence, where: ArrayLike | None, num_classes: int, shape: tuple[int, ...]) -> Rows:
-    """Maps labels to rows of a table, comparing them in their own dtype before they are narrowed to int32."""
-    labels = as_integers(labels)
-    if labels.shape != shape:
-        one_hot = labels.shape == (*shape, num_classes)
-        hint = '; for one-hot labels pass labels.argmax(-1)' if one_hot else ''
-        raise ValueError(f'labels must have shape {shape}, as x without its last axis, got {labels.shape}{hint}')
-    xp = np if isinstance(labels, np.ndarray) else jnp
-    counted = labels >= 0
-    if where is not None:
-        where = check_where(where, shape)
-        counted = counted & where
-    in_table = below(labels, num_classes)
-    mistakes = counted & ~in_table
-    if is_concrete(mistakes):
-        _raise_on_mistakes(labels, np.asarray(jax.device_get(mistakes)), num_classes)
-    valid = counted & in_table
-    narrow = xp.where((labels >= 0) & in_table, labels, xp.zeros_like(labels)).astype(np.int32)
-    indices = jnp.where(counted, jnp.where(valid, narrow, np.int32(MISTAKE)), np.int32(LEFT_OUT))
-    return Rows(indices, jnp.asarray(counted), jnp.asarray(valid))
-
-
-def check_where(where: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
+def _check_where(where: ArrayLike, shape: tuple[int, ...]) -> HostOrDevice:
     mask = where if isinstance(where, jax.Array) else np.asarray(where)
     if mask.dtype != bool:
         raise TypeError(f'where must be boolean, got {type_name(mask)}')
@@ -170,36 +190,18 @@ def check_where(where: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
     return mask
 
 
-def is_concrete(a: AnyArray) -> bool:
-    """Whether this process can read the values of `a`, which inside a transformation it can not."""
+def _check_floating(a: ArrayLike, name: str) -> Array:
+    try:
+        array = jnp.asarray(a)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f'{name} must be a floating point array, got {type(a).__name__}: {error}') from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f'{name} must be floating point, got {type_name(array)}; cast it with {name}.astype(...)')
+    return array
+
+
+def _is_concrete(a: HostOrDevice) -> bool:
+    """Returns whether this process can read the values of `a`."""
     if isinstance(a, Tracer):
         return False
     return not isinstance(a, jax.Array) or a.is_fully_addressable
-
-
-def examples(
-    x: ArrayLike,
-    centers: ArrayLike,
-    labels: ArrayLike | Sequence,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-) -> Examples:
-    """Checks a batch and sets it beside its centers, by one gather."""
-    centers = check_table(centers)
-    x = check_features(x, centers.shape[1])
-    rows = rows_of(labels, where, centers.shape[0], x.shape[:-1])
-    # The label of a row that only pads the table for a mesh is as far beyond the classes as any.
-    valid = rows.valid & (rows.indices < num_rows_before_padding(centers))
-    rows = Rows(jnp.where(rows.valid & ~valid, MISTAKE, rows.indices), rows.counted, valid)
-    own = take_rows(centers, jnp.where(valid, rows.indices, 0))
-    if weights is not None:
-        weights = jnp.asarray(weights)
-        if weights.shape not in (valid.shape, x.shape):
-            raise ValueError(
-                f'weights must have shape {valid.shape}, as the labels, or {x.shape}, as x, got {weights.shape}'
-            )
-        if jnp.issubdtype(weights.dtype, jnp.complexfloating):
-            raise TypeError(f'weights must be real numbers, got {type_name(weights)}')
-        weights = weights.astype(wide(x.dtype, centers.dtype))
-        weights = jnp.where(valid[..., None], weights if weights.shape == x.shape else weights[..., None], 0)
-    return Examples(x, own, weights, rows)

@@ -1,18 +1,28 @@
-"""The center loss, and the rows that its centers move by."""
+"""The center loss, Eq. 2 of the paper, and the rows that its centers move by, the sum of Eq. 4."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from centerloss_jax._lookup import Examples, examples, wide
-from centerloss_jax._mesh import check_axis_name
+from centerloss_jax._inputs import (
+    DROPPED,
+    IGNORED,
+    AxisName,
+    ReduceFn,
+    check_axis_name,
+    check_features,
+    check_reduction,
+    check_table,
+    check_weights,
+    class_index,
+    compute_dtype,
+)
+from centerloss_jax._kernels import mean_square
 from centerloss_jax._rows import RowUpdates
-
-ReduceFn = Callable[[Array], Array]
-AxisName = str | tuple[str, ...]
+from centerloss_jax._sharding import take_rows
 
 
 def center_loss(
@@ -25,7 +35,7 @@ def center_loss(
     reduce_fn: ReduceFn | None = jnp.mean,
     axis_name: AxisName | None = None,
 ) -> Array:
-    r"""Mean squared distance of features to the center of their own class.
+    r"""Returns the mean squared distance of features to the center of their class.
 
     .. math:: L = \frac{1}{B} \sum_i \sum_d w_{id} (x_{id} - c_{y_i d})^2
 
@@ -33,33 +43,33 @@ def center_loss(
     directly: nothing of size B x C is formed, and no square is expanded. float16 and bfloat16 inputs are computed in
     float32.
 
-    An example is *left out* where its label is negative or `where` is False: of the value, of the mean's denominator
-    and of every gradient, whatever it holds. If nothing is counted the loss is 0.
+    An example is ignored if its label is negative or `where` is False. It enters neither the value nor the denominator
+    of the mean nor any gradient, whatever it holds. If every example is ignored the loss is 0.
 
-    `jax.grad` with respect to the centers is a dense `[C, D]` array, summed in the dtype of the centers; `center_rows`
-    is what scales.
+    `jax.grad` with respect to the centers is a dense `[C, D]` array, summed in the dtype of the centers. Its cost grows
+    with C; that of `center_rows` does not.
 
     Args:
       x: features `[..., D]`, floating point.
-      centers: one center a class `[C, D]`, floating point.
-      labels: classes `[...]`, integers of any dtype. A label of C or more is a mistake: an error where the labels are
-        concrete; inside `jax.jit` that example's value is NaN and its gradient 0.
-      where: bool, labels.shape; False leaves an example out.
+      centers: one center for each class `[C, D]`, floating point.
+      labels: classes `[...]`, integers of any dtype. A label of C or more is an error where its value is known; inside
+        `jax.jit` the loss of that example is NaN and its gradient 0.
+      where: bool, labels.shape; False ignores an example.
       weights: real numbers, labels.shape or x.shape, that multiply the squared differences. The mean still divides by
         the number of examples.
-      reduce_fn: `jnp.mean` (over the examples that count), `None` for the loss of each example, or a function that is
-        called with them all, 0 for those left out, such as `jnp.sum`.
+      reduce_fn: `jnp.mean` for the mean over the examples that are not ignored, `None` for the loss of each example, or
+        a function such as `jnp.sum` that is called with the losses of all examples, 0 where ignored.
       axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`, with `jnp.mean` alone. The
-        denominator is then the mean count over the devices, so that `jax.lax.pmean` of this loss, taken inside the
-        function that is differentiated, is the loss of the whole batch.
+        denominator is then the mean count over the devices. `jax.lax.pmean` of this loss, taken inside the function
+        that is differentiated, is the loss of the whole batch.
 
     Returns:
       A scalar, or labels.shape with `reduce_fn=None`; float32, or float64 where an input is.
 
     Raises:
-      TypeError: if x or centers are not floating point, labels not integers, where not boolean,
-        or reduce_fn no function.
-      ValueError: if shapes do not fit, or a concrete label is C or more.
+      TypeError: if x or centers are not floating point, labels not integers, where not boolean, or reduce_fn no
+        function.
+      ValueError: if shapes do not fit, or a label whose value is known is C or more.
       NameError: if axis_name is not an axis that surrounds the call.
 
     Example:
@@ -76,7 +86,7 @@ def center_loss(
       Wen, Zhang, Li and Qiao, "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016, Eq. 2,
       which is `0.5 * center_loss(..., reduce_fn=jnp.sum)`.
     """
-    return _reduce(examples(x, centers, labels, where, weights), reduce_fn, axis_name)
+    return _loss_and_rows(x, centers, labels, where, weights, reduce_fn, axis_name)[0]
 
 
 def center_rows(
@@ -87,25 +97,27 @@ def center_rows(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> RowUpdates:
-    r"""The difference of each example's center to its features, :math:`w_i (c_{y_i} - x_i)`, as rows of the table.
+    r"""Returns the difference of each example's center and features, :math:`w_i (c_{y_i} - x_i)`, as rows of the table.
 
-    This is what `center_update` takes in place of a gradient. It costs what the batch holds, not what the table holds,
-    and carries no gradient itself.
+    `center_update` takes the rows in place of a gradient. Their cost grows with the batch and not with the table. They
+    carry no gradient.
 
     Args:
-      x: features `[..., D]`, as for `center_loss`, and so for the others.
-      centers: `[C, D]`.
-      labels: `[...]`.
-      where: bool, labels.shape.
-      weights: labels.shape or x.shape. They scale the rows, not the number of examples n_j that Eq. 4 divides by.
+      x: features `[..., D]`, floating point. See `center_loss`.
+      centers: centers `[C, D]`, floating point. See `center_loss`.
+      labels: classes `[...]`, integers. See `center_loss`.
+      where: bool, labels.shape; False ignores an example.
+      weights: real numbers, labels.shape or x.shape, that multiply the rows. They do not change the number of examples
+        n_j by which Eq. 4 divides.
 
     Returns:
-      RowUpdates of N rows, N the number of labels: indices int32 `[N]`, values `[N, D]` in float32 or wider. The rows
-      of examples that are left out have the index -1; those of labels beyond the table, inside `jax.jit`, the largest
-      int32, and `center_update` counts them.
+      RowUpdates of N rows, N the number of labels: indices int32 `[N]`, values `[N, D]` in float32 or wider. An ignored
+      example has the index -1. Inside `jax.jit` a label of C or more has the largest int32 as its index, and
+      `center_update` counts it as dropped.
 
     Raises:
-      As `center_loss`.
+      TypeError: for a wrong dtype. See `center_loss`.
+      ValueError: if shapes do not fit, or a label whose value is known is C or more.
 
     Example:
       >>> import centerloss_jax as clj
@@ -117,7 +129,7 @@ def center_rows(
     References:
       Wen et al., ECCV 2016, Eq. 4.
     """
-    return _rows(examples(x, centers, labels, where, weights))
+    return _loss_and_rows(x, centers, labels, where, weights, None, None)[1]
 
 
 def center_loss_and_rows(
@@ -130,22 +142,24 @@ def center_loss_and_rows(
     reduce_fn: ReduceFn | None = jnp.mean,
     axis_name: AxisName | None = None,
 ) -> tuple[Array, RowUpdates]:
-    """`center_loss` and `center_rows` from one lookup: the form for a training step.
+    """Returns `center_loss` and `center_rows` from one gather of the centers, for a training step.
 
     Args:
-      x: features `[..., D]`, as for `center_loss`, and so for the others.
-      centers: `[C, D]`.
-      labels: `[...]`.
-      where: bool, labels.shape.
-      weights: labels.shape or x.shape.
-      reduce_fn: as for `center_loss`; it concerns the loss alone.
-      axis_name: as for `center_loss`; it concerns the loss alone.
+      x: features `[..., D]`, floating point. See `center_loss`.
+      centers: centers `[C, D]`, floating point. See `center_loss`.
+      labels: classes `[...]`, integers. See `center_loss`.
+      where: bool, labels.shape; False ignores an example.
+      weights: real numbers, labels.shape or x.shape, that multiply the squared differences and the rows.
+      reduce_fn: reduction of the loss; it does not change the rows. See `center_loss`.
+      axis_name: axis of the mean of the loss; it does not change the rows. See `center_loss`.
 
     Returns:
-      `(loss, rows)`. Both belong to the centers as they came in, as Eq. 4 asks.
+      `(loss, rows)`, both for the centers before the update, as Eq. 4 asks.
 
     Raises:
-      As `center_loss`.
+      TypeError: for a wrong dtype. See `center_loss`.
+      ValueError: if shapes do not fit, or a label whose value is known is C or more.
+      NameError: if axis_name is not an axis that surrounds the call.
 
     Example:
       >>> import centerloss_jax as clj
@@ -158,71 +172,66 @@ def center_loss_and_rows(
     References:
       Wen et al., ECCV 2016, Eq. 2 and 4.
     """
-    batch = examples(x, centers, labels, where, weights)
-    if reduce_fn is jnp.mean and weights is None:
-        return _mean_and_rows(batch, axis_name)
-    return _reduce(batch, reduce_fn, axis_name), _rows(batch)
+    return _loss_and_rows(x, centers, labels, where, weights, reduce_fn, axis_name)
 
 
-def _reduce(batch: Examples, reduce_fn: ReduceFn | None, axis_name: AxisName | None) -> Array:
-    if axis_name is not None and reduce_fn is not jnp.mean:
-        raise ValueError('axis_name goes with reduce_fn=jnp.mean alone: it sets the denominator of the mean')
-    if reduce_fn is not None and not callable(reduce_fn):
-        raise TypeError(f'reduce_fn must be a function such as jnp.sum, or None, got {reduce_fn!r}')
-    squares = jnp.square(batch.difference())
-    per_example = jnp.sum(squares if batch.weights is None else batch.weights * squares, axis=-1)
-    per_example = jnp.where(batch.rows.counted & ~batch.rows.valid, jnp.nan, per_example)
-    if reduce_fn is jnp.mean:
-        return jnp.sum(per_example) / _count(batch, axis_name)
-    return per_example if reduce_fn is None else reduce_fn(per_example)
+def _loss_and_rows(
+    x: ArrayLike,
+    centers: ArrayLike,
+    labels: ArrayLike | Sequence,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    reduce_fn: ReduceFn | None,
+    axis_name: AxisName | None,
+) -> tuple[Array, RowUpdates]:
+    """Computes both; under `jax.jit` XLA drops the one that is not used.
 
-
-def _count(batch: Examples, axis_name: AxisName | None) -> Array:
-    """What the mean divides by."""
-    count = jnp.sum(batch.rows.counted, dtype=jnp.int32).astype(wide(batch.x.dtype, batch.own.dtype))
-    if axis_name is not None:
-        check_axis_name(axis_name)
-        count = jax.lax.pmean(count, axis_name)
-    return jnp.where(count > 0, count, 1)
-
-
-def _rows(batch: Examples) -> RowUpdates:
-    values = batch.difference() if batch.weights is None else batch.weights * batch.difference()
-    return _as_rows(batch, values, jnp.ones([], values.dtype))
-
-
-def _as_rows(batch: Examples, values: Array, scale: Array) -> RowUpdates:
-    values = jax.lax.stop_gradient(values.reshape(-1, values.shape[-1]))
-    return RowUpdates(batch.rows.indices.reshape(-1), values, scale=jnp.broadcast_to(scale, values.shape[:1]))
-
-
-def _mean_and_rows(batch: Examples, axis_name: AxisName | None) -> tuple[Array, RowUpdates]:
-    """The same from one array: the gradient of the loss for x, of which the rows are a multiple."""
-    count = _count(batch, axis_name)
-    loss, gradient = _mean_square(batch.x, batch.own, batch.rows.counted, batch.rows.valid, count)
-    return loss, _as_rows(batch, gradient, -count / 2)
-
-
-@jax.custom_jvp
-def _mean_square(x: Array, own: Array, counted: Array, valid: Array, count: Array) -> tuple[Array, Array]:
-    """(1/n) sum |x - c|^2 over the counted examples, NaN for one that is not valid; and its gradient, 2 (x - c) / n.
-
-    Autodiff would write another array for the gradient. Here it is the array that the loss is computed from. So that
-    it stays one, a barrier keeps a CPU's compiler from computing it again for each use; an accelerator's takes the
-    gradient and the sums of its squares in one pass, if another keeps these apart.
+    Ignored examples are masked before the arithmetic, so that a NaN in one enters no value and no gradient.
     """
-    mask, dtype = valid[..., None], count.dtype
-    difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own.astype(dtype), 0)
-    gradient = jax.lax.platform_dependent(
-        difference * (2 / count), cpu=jax.lax.optimization_barrier, default=lambda gradient: gradient
-    )
-    per_example = jax.lax.optimization_barrier(jnp.sum(jnp.square(gradient), axis=-1))
-    return jnp.sum(jnp.where(counted & ~valid, jnp.nan, per_example)) * (count / 4), gradient
+    check_reduction(reduce_fn, axis_name)
+    check_axis_name(axis_name)
+    centers = check_table(centers)
+    x = check_features(x, centers.shape[1])
+    dtype = compute_dtype(x.dtype, centers.dtype)
+
+    index = class_index(labels, where, centers.shape[0], x.shape[:-1])
+    index = _drop_padding(centers, index)
+    counted, valid = index != IGNORED, (index != IGNORED) & (index != DROPPED)
+    own_center = take_rows(centers, jnp.where(valid, index, 0))
+
+    count = jnp.sum(counted, dtype=jnp.int32).astype(dtype)
+    if axis_name is not None:
+        count = jax.lax.pmean(count, axis_name)
+    count = jnp.where(count > 0, count, 1)
+
+    if reduce_fn is jnp.mean and weights is None:  # the lines below, from one [..., D] array
+        loss, gradient = mean_square(x, own_center, counted, valid, count)
+        return loss, _as_rows(index, gradient, -count / 2)
+
+    mask = valid[..., None]
+    difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own_center.astype(dtype), 0)
+    weight = 1 if weights is None else jnp.where(mask, check_weights(weights, x).astype(dtype), 0)
+    squared = jnp.sum(weight * jnp.square(difference), axis=-1)
+    per_example = jnp.where(counted & ~valid, jnp.nan, squared)
+    if reduce_fn is jnp.mean:
+        loss = jnp.sum(per_example) / count
+    else:
+        loss = per_example if reduce_fn is None else reduce_fn(per_example)
+    return loss, _as_rows(index, weight * difference, -jnp.ones([], dtype))
 
 
-@_mean_square.defjvp
-def _mean_square_jvp(primals, tangents):
-    (_, _, _, valid, count), (x, own, _, _, _) = primals, tangents
-    loss, gradient = _mean_square(*primals)
-    change = x.astype(count.dtype) - own.astype(count.dtype)
-    return (loss, gradient), (jnp.sum(gradient * change), jnp.where(valid[..., None], change, 0) * (2 / count))
+def _drop_padding(centers: Array, index: Array) -> Array:
+    """Marks labels of rows that pad the table for a mesh as DROPPED. These rows hold +Inf.
+
+    The first number of a row is enough to tell. It is a gather of its own, since a slice of the gathered center would
+    keep a `[..., D]` array, and it compares with Inf, since `jnp.isposinf` raises under `jax_debug_infs`.
+    """
+    valid = (index != IGNORED) & (index != DROPPED)
+    first = take_rows(centers[:, :1], jnp.where(valid, index, 0))[..., 0]
+    return jnp.where(valid & (first == jnp.inf), DROPPED, index)
+
+
+def _as_rows(index: Array, difference: Array, scale: Array) -> RowUpdates:
+    """Returns rows of scale * difference, which carry no gradient."""
+    values = jax.lax.stop_gradient(difference.reshape(-1, difference.shape[-1]))
+    return RowUpdates(index.reshape(-1), values, _scale=jnp.broadcast_to(scale, values.shape[:1]))

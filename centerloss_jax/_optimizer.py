@@ -1,4 +1,4 @@
-"""One optimizer for a whole model: an ordinary one for its parameters, `center_update` for its centers."""
+"""One optimizer for a whole model: an optax optimizer for its parameters, `center_update` for its centers."""
 
 from typing import Any
 
@@ -19,30 +19,29 @@ def with_centers(
     axis_name: str | tuple[str, ...] | None = None,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.partition`: `optimizer` for the parameters, `center_update` for the centers.
+    """Combines `optimizer` for the parameters with `center_update` for the centers, by `optax.partition`.
 
-    What counts as centers: the entry 'centers' of a tree whose top level has the keys 'params' and 'centers' (a dict, a
-    FrozenDict or an nnx.State); in any other tree the `nnx.Centers` variables and the RowUpdates.
+    In a tree whose top level has the keys 'params' and 'centers' (a dict, a FrozenDict or an nnx.State), the centers
+    are the entry 'centers'. In any other tree they are the `nnx.Centers` variables and the RowUpdates.
 
-    Clipping, accumulation and everything else that does arithmetic on gradients goes inside:
+    Put every transform that does arithmetic on gradients inside, such as clipping and accumulation:
     `with_centers(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))`,
     `with_centers(optax.MultiSteps(optax.adam(1e-3), 4))`. In the latter the centers move at every micro-step, and n_j
     counts the examples of that micro-step.
 
     Args:
-      optimizer: any optax optimizer. It never sees the centers, and makes no state for them.
-      alpha: as for `center_update`, and so for the others.
-      axis_name: the axis of the surrounding `jax.pmap` or `jax.shard_map`.
-      mesh: the mesh of Auto axes, under `jax.jit`.
+      optimizer: optax optimizer of the parameters. It gets no centers and makes no state for them.
+      alpha: step of the centers in [0, 1], or an optax schedule. See `center_update`.
+      axis_name: axis of the surrounding `jax.pmap` or `jax.shard_map`. See `center_update`.
+      mesh: mesh of Auto axes, under `jax.jit`. See `center_update`.
 
     Returns:
-      An optax transform for `flax.training.train_state.TrainState`, `nnx.Optimizer` or `optax.apply_updates`. The
-      state of the centers is `state.inner_states['centers'].inner_state`.
+      An optax transform for `flax.training.train_state.TrainState`, `nnx.Optimizer` or `optax.apply_updates`.
+      `optax.tree.get(state, 'step_norm')` reads a field of the `CenterUpdateState` in its state.
 
     Raises:
-      TypeError: if optimizer is none; as `center_update` for the others.
-      ValueError: from `init` and `update`, if nothing in the tree is a center. Centers that never move are the field's
-        most frequent fault, and an error is better.
+      TypeError: if optimizer is no optax optimizer, or alpha no number and no schedule.
+      ValueError: if alpha is outside [0, 1]; from `init` and `update`, if nothing in the tree is a center.
 
     Example:
       >>> import centerloss_jax as clj

@@ -8,10 +8,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from centerloss_jax._groups import sums_by_index
-from centerloss_jax._lookup import MISTAKE, check_table, type_name, wide
-from centerloss_jax._mesh import add_rows, replicate, set_rows, take_rows
-from centerloss_jax._scatter import add_scaled_rows
+from centerloss_jax._inputs import DROPPED, check_table, compute_dtype, row_index, type_name
+from centerloss_jax._kernels import add_class_sums, unique_sums
+from centerloss_jax._sharding import add_rows, replicate, set_rows, take_rows
 
 # Odd, large and negative: no sum, multiple, square, sign or clip of it is itself, as it would be for 1.
 GUARD = -700_000_001
@@ -22,23 +21,23 @@ GUARD = -700_000_001
 class RowUpdates:
     r"""A sparse `[C, D]` array that stands where a gradient or an update of a table would.
 
-    `table + rows` scatters the rows into the table, :math:`t_{k_i} \leftarrow t_{k_i} + v_i`, in place where the step
-    donates the table. `optax.apply_updates` computes just that for each leaf of the parameters, so stock optimizers and
-    train states take rows for a center table unchanged. A row with a negative index, or with one beyond the table, is
-    dropped.
+    `table + rows` adds the values to the rows of the table, :math:`t_{k_i} \leftarrow t_{k_i} + v_i`, in place where
+    the step donates the table. `optax.apply_updates` computes that sum for each leaf of the parameters, so optax's
+    optimizers and Flax's train states take rows for a table of centers unchanged. A row with a negative index, or with
+    one beyond the table, is dropped.
 
-    Rows are not gradients. Summed over devices or with another pass, or clipped, their indices would name other
-    classes. The third field shows that, and such rows are dropped, and counted by `center_update`; a mean or a scaled
-    copy is a TypeError. Reduce, clip and accumulate inside `with_centers` instead, and join the rows of several passes
-    by `concatenate_rows`.
+    Rows are not gradients. The sum of two RowUpdates, over devices or over passes, would name other classes, since it
+    adds the indices. A private constant detects this: such rows move nothing, and `center_update` counts them. A mean
+    or a scaled copy is a TypeError. Reduce, clip and accumulate inside `with_centers`, and join the rows of several
+    passes by `concatenate_rows`.
 
     Attributes:
       indices: integers `[N]`, rows of the table.
-      values: floating point `[N, D]`.
+      values: floating point `[N, D]`, what is added to them.
 
-    The rest is not for users. `guard` int32 `[]` is a constant, and arithmetic on the rows makes it something else.
-    `unscaled` `[N, D]` and `scale` `[N]`, or None for ones, have the values as their product: on a CPU a fresh [N, D]
-    array costs more than its arithmetic, so the gradient of the loss, the rows and the move share one, up to a factor.
+    Raises:
+      TypeError: from `table + rows`, if the indices are no longer integers, or the values not floating point.
+      ValueError: from `table + rows`, if the shapes do not fit the table.
 
     Example:
       >>> import centerloss_jax as clj
@@ -49,49 +48,49 @@ class RowUpdates:
     """
 
     indices: ArrayLike
-    unscaled: ArrayLike
-    guard: ArrayLike
-    scale: ArrayLike | None
+    _values: ArrayLike  # [N, D]; times _scale they are the values, so that loss, rows and move share one array
+    _guard: ArrayLike  # int32 [], GUARD until arithmetic on the rows changes it
+    _scale: ArrayLike | None  # [N], or None for ones
 
     def __init__(
         self,
         indices: ArrayLike,
         values: ArrayLike,
         *,
-        guard: ArrayLike = np.int32(GUARD),  # noqa: B008
-        scale: ArrayLike | None = None,
+        _guard: ArrayLike = np.int32(GUARD),  # noqa: B008
+        _scale: ArrayLike | None = None,
     ):
-        self.indices, self.unscaled, self.guard, self.scale = indices, values, guard, scale
+        self.indices, self._values, self._guard, self._scale = indices, values, _guard, _scale
 
     @property
     def values(self) -> ArrayLike:
-        return self.unscaled if self.scale is None else jnp.asarray(self.scale)[:, None] * self.unscaled
+        return self._values if self._scale is None else jnp.asarray(self._scale)[:, None] * self._values
 
     def tree_flatten_with_keys(self):
-        names = 'indices', 'unscaled', 'guard', 'scale'
+        names = 'indices', '_values', '_guard', '_scale'
         return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], None
 
     @classmethod
     def tree_unflatten(cls, _, leaves):
-        indices, unscaled, guard, scale = leaves
-        return cls(indices, unscaled, guard=guard, scale=scale)
+        indices, values, guard, scale = leaves
+        return cls(indices, values, _guard=guard, _scale=scale)
 
-    # Without it a NumPy table would add the rows up elementwise by itself.
+    # Without it a NumPy table would add the rows elementwise by itself.
     __array_ufunc__ = None
 
     def __radd__(self, table: ArrayLike) -> Array:
         if not isinstance(table, (jax.Array, np.ndarray)):
             return NotImplemented
         table = check_table(table, 'the table')
-        indices, values, scale = replicate(in_table(self, table))
-        if wide(table.dtype) == table.dtype:
-            if self.scale is None or indices.size == 0:
-                return add_rows(table, indices, values.astype(table.dtype))
-            return add_scaled_rows(table, indices, values, scale)
-        # In a narrow dtype each addition rounds: sum a class's rows first, in float32, and round once.
-        indices, values = sums_by_index(indices, values, scale)
-        old = take_rows(table, jnp.where(indices < table.shape[0], indices, 0))
-        return set_rows(table, indices, (old + values).astype(table.dtype))
+        index, values, scale = replicate(resolve(self, table))
+        if compute_dtype(table.dtype) != table.dtype:
+            # In a narrow dtype each addition rounds: sum the rows of a class in float32 and round once.
+            unique, sums = unique_sums(index, values, scale)
+            old = take_rows(table, jnp.where(unique < table.shape[0], unique, 0))
+            return set_rows(table, unique, (old + sums).astype(table.dtype))
+        if self._scale is None or index.size == 0:
+            return add_rows(table, index, values.astype(table.dtype))
+        return add_class_sums(table, index, values, scale)
 
 
 def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
@@ -118,28 +117,24 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     """
     if not rows:
         raise ValueError('concatenate_rows needs at least one RowUpdates')
-    parts = [checked(part) for part in rows]
+    parts = [resolve(part) for part in rows]
     widths = sorted({values.shape[1] for _, values, _ in parts})
     if len(widths) > 1:
         raise ValueError(f'rows must belong to one table, got values of {widths} features')
-    indices, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return RowUpdates(indices, values, scale=None if all(part.scale is None for part in rows) else scale)
+    index, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return RowUpdates(index, values, _scale=None if all(part._scale is None for part in rows) else scale)
 
 
-def in_table(rows: RowUpdates, table: Array | None) -> tuple[Array, Array, Array]:
-    """As `checked`, and the indices of rows that are left out are MISTAKE too."""
-    indices, values, scale = checked(rows, table)
-    return jnp.where(indices < 0, MISTAKE, indices), values, scale
+def resolve(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array, Array]:
+    """Checks rows and returns their index, values in float32 or wider, and scale.
 
-
-def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array, Array]:
-    """Indices as int32, unscaled values in float32 or wider, and their scale.
-
-    Indices that name no row of the table are MISTAKE.
+    The index is int32 `[N]`: a row of the table, IGNORED, or DROPPED where it is beyond the table or arithmetic has
+    changed it.
     """
     if not isinstance(rows, RowUpdates):
         raise TypeError(f'expected RowUpdates, as center_rows returns, got {type(rows).__name__}')
-    indices, values, guard = jnp.asarray(rows.indices), jnp.asarray(rows.unscaled), jnp.asarray(rows.guard)
+    indices = rows.indices if isinstance(rows.indices, np.ndarray) else jnp.asarray(rows.indices)
+    values, guard = jnp.asarray(rows._values), jnp.asarray(rows._guard)
     if not jnp.issubdtype(indices.dtype, jnp.integer) or not jnp.issubdtype(guard.dtype, jnp.integer):
         raise TypeError(
             f'the indices of RowUpdates must be integers, got {type_name(indices)}: rows are not gradients, and these '
@@ -152,13 +147,12 @@ def checked(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array,
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f'the values of RowUpdates must be floating point, got {type_name(values)}')
-    num_classes = MISTAKE
+    num_rows = DROPPED
     if table is not None:
-        num_classes, width = table.shape
+        num_rows, width = table.shape
         if values.shape[1] != width:
             raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
-    whole = (guard == GUARD) & (indices < num_classes if num_classes <= jnp.iinfo(indices.dtype).max else True)
-    narrow = jnp.where(indices >= 0, jnp.where(whole, indices, 0).astype(jnp.int32), -1)
-    values = values.astype(wide(values.dtype))
-    scale = jnp.ones(indices.shape, values.dtype) if rows.scale is None else jnp.asarray(rows.scale)
-    return jnp.where(whole, narrow, MISTAKE), values, scale
+    index = jnp.where(guard == GUARD, jnp.asarray(row_index(indices, num_rows)), DROPPED)
+    values = values.astype(compute_dtype(values.dtype))
+    scale = jnp.ones(index.shape, values.dtype) if rows._scale is None else jnp.asarray(rows._scale)
+    return index, values, scale

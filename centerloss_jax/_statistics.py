@@ -1,4 +1,4 @@
-"""How tight classes are and how far apart: counts, means and scatter of features by class."""
+"""Counts, means and scatter of features by class: how tight classes are and how far apart."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,8 +10,17 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from centerloss_jax._lookup import check_features, rows_of, wide
-from centerloss_jax._mesh import check_axis_name, on_auto_axes
+from centerloss_jax._inputs import (
+    DROPPED,
+    IGNORED,
+    AxisName,
+    check_axis_name,
+    check_features,
+    check_num_classes,
+    class_index,
+    compute_dtype,
+)
+from centerloss_jax._sharding import on_auto_axes
 
 
 @jax.tree_util.register_dataclass
@@ -31,21 +40,21 @@ class ClassStatistics:
 
     @property
     def intra(self) -> Array:
-        r"""Within-class variance :math:`\frac{1}{N} \sum_i |x_i - \mu_{y_i}|^2`, a scalar; NaN where N = 0."""
+        r"""The within-class variance :math:`\frac{1}{N} \sum_i |x_i - \mu_{y_i}|^2`, a scalar; NaN where N = 0."""
         return self.squared_deviation.sum() / self.count.sum()
 
     @property
     def inter(self) -> Array:
-        r"""Between-class variance :math:`\frac{1}{N} \sum_j n_j |\mu_j - \mu|^2`, a scalar; NaN where N = 0."""
+        r"""The between-class variance :math:`\frac{1}{N} \sum_j n_j |\mu_j - \mu|^2`, a scalar; NaN where N = 0."""
         share = (self.count.astype(self.mean.dtype) / self.count.sum())[:, None]
-        # Around a first estimate: the mean of means of norm 1e4 is itself rounded.
+        # Relative to a first estimate, since the mean of means of norm 1e4 is itself rounded.
         origin = jnp.sum(share * self.mean, axis=0)
         offset = self.mean - origin
         return jnp.sum(share * jnp.square(offset - jnp.sum(share * offset, axis=0)))
 
     @property
     def ratio(self) -> Array:
-        """`intra / inter`, a scalar without unit: the smaller, the better the classes are separated. NaN for 0 / 0."""
+        """The ratio `intra / inter`, a scalar without unit; small where classes are well separated. NaN for 0 / 0."""
         return self.intra / self.inter
 
     def merge(self, other: 'ClassStatistics') -> 'ClassStatistics':
@@ -80,9 +89,9 @@ def class_statistics(
     num_classes: int,
     *,
     where: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName | None = None,
 ) -> ClassStatistics:
-    r"""Counts, means and scatter of features by class, and from them the intra-class to inter-class variance ratio.
+    r"""Returns counts, means and scatter of features by class, and the intra-class to inter-class variance ratio.
 
     .. math:: \text{intra} = \frac{1}{N} \sum_i |x_i - \mu_{y_i}|^2, \qquad
               \text{inter} = \frac{1}{N} \sum_j n_j |\mu_j - \mu|^2
@@ -92,10 +101,10 @@ def class_statistics(
 
     Args:
       x: features `[..., D]`, floating point; narrow dtypes are computed in float32.
-      labels: classes `[...]`, integers. Negative ones are left out, whatever the example holds. A label of
-        num_classes or more is an error where labels are concrete, and left out inside `jax.jit`.
+      labels: classes `[...]`, integers. An example of a negative label is ignored, whatever it holds. A label of C or
+        more is an error where its value is known, and ignored inside `jax.jit`.
       num_classes: number of classes C.
-      where: bool, labels.shape; False leaves an example out.
+      where: bool, labels.shape; False ignores an example.
       axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`; every device then has the
         statistics of all examples. This moves O(C D).
 
@@ -104,7 +113,7 @@ def class_statistics(
 
     Raises:
       TypeError: if x is not floating point, labels not integers or where not boolean.
-      ValueError: if shapes do not fit, or a concrete label is num_classes or more.
+      ValueError: if shapes do not fit, or a label whose value is known is C or more.
       NameError: if axis_name is not an axis that surrounds the call.
 
     Example:
@@ -118,29 +127,28 @@ def class_statistics(
     References:
       Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936, for the ratio.
     """
-    if num_classes < 1:
-        raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+    check_num_classes(num_classes)
+    check_axis_name(axis_name)
     x = check_features(x)
-    rows = rows_of(labels, where, num_classes, x.shape[:-1])
-    if axis_name is not None:
-        check_axis_name(axis_name)
+    index = class_index(labels, where, num_classes, x.shape[:-1])
     by_class = partial(_by_class, num_classes=num_classes, axis_name=axis_name)
-    return on_auto_axes(by_class, x, rows.indices, rows.valid, spec=P())
+    return on_auto_axes(by_class, x, index, spec=P())
 
 
-def _by_class(x: Array, indices: Array, valid: Array, num_classes: int, axis_name) -> ClassStatistics:
-    valid = valid.reshape(-1)
-    indices = jnp.where(valid, indices.reshape(-1), 0)
-    x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(wide(x.dtype)), 0)
+def _by_class(x: Array, index: Array, num_classes: int, axis_name: AxisName | None) -> ClassStatistics:
+    index = index.reshape(-1)
+    valid = (index != IGNORED) & (index != DROPPED)
+    index = jnp.where(valid, index, 0)
+    x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(compute_dtype(x.dtype)), 0)
 
     def sums(values: Array) -> Array:
         mask = valid.reshape(-1, *[1] * (values.ndim - 1))
-        total = jax.ops.segment_sum(jnp.where(mask, values, 0), indices, num_classes)
+        total = jax.ops.segment_sum(jnp.where(mask, values, 0), index, num_classes)
         return total if axis_name is None else jax.lax.psum(total, axis_name)
 
-    count = sums(jnp.ones_like(indices))
+    count = sums(jnp.ones_like(index))
     divisor = jnp.maximum(count, 1).astype(x.dtype)[:, None]
     mean = sums(x) / divisor
-    # A sum of features of norm 1e4 is rounded; the mean of what is left over corrects it.
-    mean = mean + sums(x - mean[indices]) / divisor
-    return ClassStatistics(count, mean, sums(jnp.sum(jnp.square(x - mean[indices]), axis=-1)))
+    # A sum of features of norm 1e4 is rounded; the mean of the residuals corrects it.
+    mean = mean + sums(x - mean[index]) / divisor
+    return ClassStatistics(count, mean, sums(jnp.sum(jnp.square(x - mean[index]), axis=-1)))

@@ -1,35 +1,42 @@
-"""A table on a mesh: spread over its devices by rows, and back into the rows that are saved."""
+"""The host side of a table: laid out over a mesh by rows, back on the host, and checked for equal replicas."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from centerloss_jax._lookup import check_table
+from centerloss_jax._inputs import check_table
+
+# Numbers of a replica that are mixed into a checksum at a time.
+BLOCK = 2**16
 
 
 def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
-    """Lays a table out over a mesh by rows, filled up to a number of rows that the mesh divides.
+    """Lays a table out over a mesh by rows, padded to a number of rows that the mesh divides.
 
-    A row that fills it up holds Inf. `nearest_center` never returns one, and a label that hits one is a mistake like
-    any beyond the classes: the loss is NaN and the row is dropped and counted. To take such a table to fewer devices,
-    go by way of `unshard_centers`: a step looks for these rows among the last ones, as many as there are devices.
+    A padding row holds +Inf. `nearest_center` never returns one. A label that names one is a mistake, as a label
+    beyond the table is: its loss is NaN, and its row is dropped and counted. A step recognizes a padding row by its
+    first number, so a center whose first number has become +Inf is treated as one. To move a table to another mesh, or
+    to save it, call `unshard_centers` first.
 
     Args:
       centers: `[C, D]`, floating point.
-      sharding: such as `NamedSharding(mesh, PartitionSpec('classes', None))`.
+      sharding: layout of the result, such as `NamedSharding(mesh, PartitionSpec('classes', None))`.
 
     Returns:
-      `[C', D]` with that sharding, C' the least multiple of the number of shards from C on.
+      `[C', D]` with that sharding, C' the least multiple of the number of shards that is at least C.
 
     Raises:
       TypeError: if centers are not floating point.
-      ValueError: if they do not have two dimensions.
+      ValueError: if centers do not have two dimensions.
 
     Example:
       >>> import centerloss_jax as clj
@@ -41,35 +48,35 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
       (True, (10, 2))
     """
     rows = np.asarray(jax.device_get(centers))
-    rows = rows.astype(jax.eval_shape(check_table, rows).dtype, copy=False)  # checked where they are, on the host
+    rows = rows.astype(jax.eval_shape(check_table, rows).dtype, copy=False)  # checked without a copy on a device
     names = sharding.spec[0] if len(sharding.spec) else None
     names = (names,) if isinstance(names, str) else names or ()
     shards = math.prod(sharding.mesh.shape[name] for name in names)
-    filled_up = len(rows) + -len(rows) % shards
+    num_rows = len(rows) + -len(rows) % shards
 
-    def part(index: Any) -> np.ndarray:
-        own = rows[index]
-        first, last, _ = index[0].indices(filled_up)
-        return np.pad(own, ((0, last - first - len(own)), (0, 0)), constant_values=np.inf)
+    def shard(index: Any) -> np.ndarray:
+        values = rows[index]
+        first, last, _ = index[0].indices(num_rows)
+        return np.pad(values, ((0, last - first - len(values)), (0, 0)), constant_values=np.inf)
 
-    # A part at a time: no device holds the whole table on the way, and each process lays out its own devices' parts.
-    return jax.make_array_from_callback((filled_up, rows.shape[1]), sharding, part)
+    # Shard by shard: no device holds the whole table, and each process lays out the shards of its own devices.
+    return jax.make_array_from_callback((num_rows, rows.shape[1]), sharding, shard)
 
 
 def unshard_centers(table: ArrayLike, num_classes: int | None = None) -> np.ndarray:
-    """The C rows of a table on a mesh, on the host: what to save, so that it can be restored on any other mesh.
+    """Returns the C rows of a table on the host, without padding. Save these: they can be restored on any mesh.
 
     If several processes share the mesh, all of them must call it, and each gets all rows.
 
     Args:
       table: `[C', D]`, as `shard_centers` returns it.
-      num_classes: C, to be sure of it; by default the number of rows that do not fill the table up.
+      num_classes: C, which is checked; by default all rows but the padding at the end.
 
     Returns:
       `[C, D]`, a NumPy array of the table's dtype. `shard_centers` lays it out again.
 
     Raises:
-      ValueError: if the table has the centers of more classes or of fewer.
+      ValueError: if the table has centers of more than num_classes classes, or of fewer.
 
     Example:
       >>> import centerloss_jax as clj
@@ -80,8 +87,124 @@ def unshard_centers(table: ArrayLike, num_classes: int | None = None) -> np.ndar
     local = not isinstance(table, Array) or table.is_fully_addressable or table.is_fully_replicated
     rows = np.asarray(jax.device_get(table) if local else multihost_utils.process_allgather(table, tiled=True))
     classes = len(rows)
-    while classes and np.isposinf(rows[classes - 1]).all():  # only at the end: elsewhere it is a center that became Inf
+    while classes and np.isposinf(rows[classes - 1]).all():  # padding is at the end
         classes -= 1
     if num_classes not in (None, classes):
         raise ValueError(f'num_classes is {num_classes}, but the table has the centers of {classes} classes')
     return rows[:classes]
+
+
+def check_replicas(tree: Any, *, stacked: bool = False) -> None:
+    """Checks on the host that replicas have not drifted apart.
+
+    Under `jax.pmap`, and in a `jax.shard_map` without its replication check, a forgotten `axis_name` or `pmean` is no
+    error: each device goes on with its own centers and parameters. Call this once after the first steps, and with
+    each save. Each device reads its replicas once, and one checksum for each moves to the host. If several processes
+    share the devices, all of them must call it.
+
+    Args:
+      tree: any tree of arrays, such as a train state. Replicas must be equal to the bit. An array on one device passes.
+      stacked: whether the first axis of every array is the axis of the devices, as `jax.pmap` returns arrays.
+
+    Returns:
+      None.
+
+    Raises:
+      ValueError: if replicas differ. The message names the first such array and the replicas that differ.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> clj.check_replicas({'centers': jnp.zeros((2, 10, 3))}, stacked=True)
+      >>> clj.check_replicas({'centers': jnp.arange(6.0).reshape(2, 3, 1)}, stacked=True)
+      Traceback (most recent call last):
+      ValueError: ['centers'] is not the same on all devices: replicas 1 differ from replica 0. Pass axis_name= ...
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = jnp.asarray(leaf)
+        if stacked and not leaf.ndim:
+            raise ValueError(f'stacked=True, but {jax.tree_util.keystr(path)} is a number and has no axis of devices')
+        shards = ['all'] * len(leaf) if stacked else _shard_of_each_device(leaf)
+        checksums = _gather_processes(_checksums(leaf) if stacked else _checksum_by_device(leaf))
+        shards *= len(checksums) // len(shards)  # once for each process, if each has an array of its own
+        first: dict[str, int] = {}
+        others = [n for n, shard in enumerate(shards) if checksums[first.setdefault(shard, n)] != checksums[n]]
+        if others:
+            raise ValueError(
+                f'{jax.tree_util.keystr(path)} is not the same on all devices: replicas {", ".join(map(str, others))} '
+                f'differ from replica {first[shards[others[0]]]}. Pass axis_name= to with_centers or center_update and '
+                'to the loss, and reduce the gradients of the parameters by jax.lax.pmean'
+            )
+
+
+def _shard_of_each_device(leaf: Array) -> list[str]:
+    """Returns which shard of an array each device holds, in the order of the mesh."""
+    shards = leaf.sharding.devices_indices_map(leaf.shape)
+    return [str(shards[device]) for device in _devices(leaf)]
+
+
+def _devices(leaf: Array) -> list[Any]:
+    """Returns the devices of an array in the order of its mesh."""
+    if isinstance(leaf.sharding, NamedSharding):
+        return list(np.asarray(leaf.sharding.mesh.devices).flat)
+    return list(leaf.sharding.device_set)
+
+
+def _checksum_by_device(leaf: Array) -> Array:
+    """Returns the checksum of the shard that each device holds, in the order of the mesh."""
+    if not isinstance(leaf.sharding, NamedSharding):
+        return _checksums(leaf[None])
+    mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+    by_device = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names), check_vma=False)
+    return jax.jit(by_device(_checksum))(leaf)
+
+
+def _gather_processes(checksums: Array) -> list[int]:
+    """Returns the checksums of all processes on the host."""
+    if jax.process_count() == 1:
+        return np.asarray(jax.device_get(checksums)).tolist()
+    return multihost_utils.process_allgather(checksums, tiled=True).reshape(-1).tolist()
+
+
+def _checksum(shard: Array) -> Array:
+    return _checksums(shard[None])
+
+
+@jax.jit
+def _checksums(a: Array) -> Array:
+    """Returns a checksum of the bits of each entry of the first axis, uint32 `[n]`."""
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a = jax.random.key_data(a)
+    if a.dtype == bool:
+        a = a.astype(jnp.uint8)
+    if jnp.iscomplexobj(a):
+        a = jnp.stack([a.real, a.imag], axis=-1)
+    if not a.size:
+        return jnp.zeros(a.shape[0], jnp.uint32)
+    a = a.reshape(a.shape[0], a.shape[1] if a.ndim > 1 else 1, -1)
+    _, rows, columns = a.shape
+    block = min(rows, max(1, BLOCK // columns))
+    column = jnp.arange(columns, dtype=jnp.uint32)
+
+    # In blocks, since XLA would write the mixed bits of the whole table before it adds them.
+    def add(i: Array, total: Array) -> Array:
+        start = jnp.minimum(i * block, rows - block)  # the last block is whole too, and counts what is new in it
+        bits = _bits(jax.lax.dynamic_slice_in_dim(a, start, block, axis=1))
+        row = start + jnp.arange(block)[:, None]
+        bits = _mixed(_mixed(bits + row.astype(jnp.uint32)) + column)
+        return total + jnp.where(row >= i * block, bits, 0).sum(axis=(1, 2), dtype=jnp.uint32)
+
+    return jax.lax.fori_loop(0, -(-rows // block), add, jnp.zeros(a.shape[0], jnp.uint32))
+
+
+def _bits(a: Array) -> Array:
+    """Returns the bits as uint32 `[n, rows, columns]`; the two halves of a wider number are mixed into one."""
+    bits = jax.lax.bitcast_convert_type(a, jnp.dtype(f'uint{8 * min(a.dtype.itemsize, 4)}')).astype(jnp.uint32)
+    return bits if bits.ndim == a.ndim else _mixed(bits[..., 0]) + bits[..., 1]
+
+
+def _mixed(bits: Array) -> Array:
+    """Permutes uint32 by the last steps of MurmurHash3."""
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)

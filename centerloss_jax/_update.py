@@ -1,44 +1,57 @@
 """Eq. 4 of the paper as an optax transform: how centers move."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.core import Tracer
 from jax.sharding import Mesh
 
-from centerloss_jax._groups import class_sizes, sums_by_index
-from centerloss_jax._lookup import MISTAKE, type_name
-from centerloss_jax._mesh import check_axis_name, gather_devices, replicate
-from centerloss_jax._rows import RowUpdates, checked, in_table
-from centerloss_jax._scatter import squared_norm
+from centerloss_jax._inputs import DROPPED, IGNORED, AxisName, check_alpha, check_axis_name, row_index, type_name
+from centerloss_jax._kernels import class_sizes, class_sums, squared_norm_of_sums, squared_norms
+from centerloss_jax._rows import RowUpdates, resolve
+from centerloss_jax._sharding import gather_devices, replicate
 
 Alpha = float | Array | optax.Schedule
 
 
 class CenterUpdateState(NamedTuple):
-    """The state of `center_update`. Nothing in it grows with the number of classes."""
+    """State of `center_update`. No leaf grows with the number of classes.
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name; int32 [], steps taken
-    left_out: Array  # int32 [], rows dropped since the start: not finite, summed, or of a label beyond the table
-    step_norm: Array  # float32 [], Euclidean norm of the last move of all centers together
+    Attributes:
+      count: int32 `[]`, number of steps taken.
+      dropped: int32 `[]`, number of rows dropped since the start. Rows are dropped if they or their squared norm are
+        not finite, if their label is C or more, or if arithmetic has changed them.
+      step_norm: float32 `[]`, Euclidean norm of the last move of all centers together.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp, optax
+      >>> tx = clj.with_centers(optax.adam(1e-3))
+      >>> state = tx.init({'params': jnp.zeros(4), 'centers': jnp.zeros((3, 2))})
+      >>> optax.tree.get(state, 'step_norm').item()
+      0.0
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name
+    dropped: Array
+    step_norm: Array
 
 
 def center_update(
-    alpha: Alpha = 0.5,
-    *,
-    axis_name: str | tuple[str, ...] | None = None,
-    mesh: Mesh | None = None,
+    alpha: Alpha = 0.5, *, axis_name: AxisName | None = None, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
     r"""Moves each center towards the mean of its own examples in the batch.
 
     .. math:: c_j \leftarrow c_j - \alpha \frac{\sum_{i: y_i = j} (c_j - x_i)}{1 + n_j}
 
     where n_j is the number of examples of class j in the batch. The step depends on no learning rate and on no loss
-    weight. The factor that is left of the gap, :math:`1 - \alpha n / (1 + n)`, lies in (0, 1] for every n: no batch
-    makes a center overshoot. A row that holds a NaN or an Inf is dropped as if its example were absent.
+    weight. A step leaves the factor :math:`1 - \alpha n / (1 + n)` of the gap between a center and the mean of its
+    examples. The factor lies in (0, 1] for every n, so no batch makes a center overshoot.
+
+    A row is dropped, as if its example were absent, if it holds a NaN or an Inf or if its squared norm overflows the
+    dtype of the computation (features of 2e19 in float32).
 
     Args:
       alpha: step in [0, 1], or an optax schedule: a function of the number of steps taken.
@@ -46,11 +59,11 @@ def center_update(
         gathered and n_j counts the global batch, so that every replica makes the move of one device with the whole
         batch. Without it replicas drift apart.
       mesh: under `jax.jit` over a mesh of Auto axes, the mesh, unless `jax.set_mesh` has set it. The rows are then
-        replicated before they are scattered, which keeps the table from travelling. Explicit axes need neither.
+        replicated before they are scattered, so that no table moves between devices. Explicit axes need neither.
 
     Returns:
-      An `optax.GradientTransformation` from RowUpdates `[N, D]` to RowUpdates `[N, D]` (under axis_name, the N of all
-      devices): those of one class add up to its move. Its state is `CenterUpdateState(count, left_out, step_norm)`.
+      An `optax.GradientTransformation` from RowUpdates `[N, D]` to RowUpdates that move the centers: one row for each
+      class where C <= N, else one for each example. Its state is `CenterUpdateState(count, dropped, step_norm)`.
 
     Raises:
       ValueError: if alpha is a number outside [0, 1].
@@ -72,72 +85,61 @@ def center_update(
     References:
       Wen et al., ECCV 2016, Eq. 4.
     """
-    if not callable(alpha) and (jnp.ndim(alpha) != 0 or isinstance(alpha, str)):
-        raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
-    if not callable(alpha) and not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
-        raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
+    check_alpha(alpha)
 
     def init(params: optax.Params) -> CenterUpdateState:
         del params
         return CenterUpdateState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
 
     def update(updates, state, params=None):
+        check_axis_name(axis_name)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, RowUpdates))
-        for leaf in leaves or [None]:
-            if not isinstance(leaf, RowUpdates):
-                got = 'nothing' if leaf is None else type_name(leaf) if hasattr(leaf, 'dtype') else type(leaf).__name__
-                raise TypeError(
-                    'center_update takes RowUpdates in the place of a gradient for the centers: pass the rows that '
-                    f'center_loss_and_rows, center_rows or CenterLoss return, got {got}. Transforms that accumulate or '
-                    'average, such as optax.MultiSteps, go inside with_centers'
-                )
-        if axis_name is not None:
-            check_axis_name(axis_name)
-        rate = alpha(state.count) if callable(alpha) else alpha
+        _check_rows(leaves)
+        step = alpha(state.count) if callable(alpha) else alpha
         tables = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
-        moves = [_move(rows, table, rate, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]
-        rows, left_out, squares = zip(*moves, strict=True)
+        moves = [_move(rows, table, step, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]
+        rows, dropped, squared_norm = zip(*moves, strict=True)
         return treedef.unflatten(rows), CenterUpdateState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            left_out=state.left_out + sum(left_out),
-            step_norm=jnp.sqrt(sum(squares)).astype(jnp.float32),
+            dropped=state.dropped + sum(dropped),
+            step_norm=jnp.sqrt(sum(squared_norm)).astype(jnp.float32),
         )
 
     return optax.GradientTransformation(init, update)
 
 
-def _move(rows, table, rate, axis_name, mesh) -> tuple[RowUpdates, Array, Array]:
-    indices, values, scale = checked(rows, table)
+def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName | None, mesh: Mesh | None):
+    """Returns the moves of one table's centers, the number of dropped rows, and the squared norm of all moves."""
+    index, values, scale = resolve(rows, table)  # scale * values = c - x
     if axis_name is not None:
-        indices, values, scale = (gather_devices(a, axis_name) for a in (indices, values, scale))
-    indices, values, scale = replicate((indices, values, scale), mesh)
-    # The loss has squared the values already, and a compiler does it once.
-    squares = jnp.square(scale) * jnp.sum(jnp.square(values), axis=-1)
-    finite = jax.lax.platform_dependent(values, scale, squares, cpu=_finite_by_squares, default=_finite)
-    usable = (indices >= 0) & (indices < MISTAKE) & finite
-    left_out = jnp.sum((indices >= 0) & ~usable, dtype=jnp.int32)
-    indices = jnp.where(usable, indices, MISTAKE)
+        index, values, scale = (gather_devices(a, axis_name) for a in (index, values, scale))
+    index, values, scale = replicate((index, values, scale), mesh)
+    norms = squared_norms(values, scale)
+
+    finite = jnp.isfinite(norms)
+    dropped = jnp.sum((index != IGNORED) & ((index == DROPPED) | ~finite), dtype=jnp.int32)
+    index = jnp.where((index != IGNORED) & finite, index, DROPPED)
+
+    # The index as `table + rows` computes it again, so that XLA sorts it once.
     num_classes = None if table is None else table.shape[0]
-    # As `table + rows` names them, so that a compiler sorts and sums once for all.
-    names, _, _ = in_table(RowUpdates(indices, values), table)
-    rate = jnp.asarray(rate, values.dtype)
-    factor = jnp.where(usable, -rate / (1 + class_sizes(names, num_classes, values.size).astype(values.dtype)), 0)
-    # Scaled before they are summed, so that many large rows of one class stay finite.
-    scale = jnp.where(usable, factor * scale, 0)
+    row = row_index(index, DROPPED if num_classes is None else num_classes)
+    n = class_sizes(row, num_classes).astype(values.dtype)
+    factor = jnp.where(index == DROPPED, 0, -jnp.asarray(alpha, values.dtype) / (1 + n))
+    scale = factor * scale  # -alpha (c - x) / (1 + n), before the sum, so that many large rows stay finite
 
-    if rows.scale is None or indices.size == 0:
-        names, total = sums_by_index(names, values, scale)
-        return RowUpdates(names, total), left_out, jnp.sum(jnp.square(total))
-    square = squared_norm(names, values, scale, jnp.square(factor) * squares, num_classes)
-    return RowUpdates(indices, values, scale=scale), left_out, square
+    if num_classes is not None and num_classes <= index.size:
+        unique, sums = class_sums(row, values, scale, num_classes)
+        return RowUpdates(unique, sums), dropped, jnp.sum(jnp.square(sums))
+    squared_norm = squared_norm_of_sums(row, values, scale, jnp.square(factor) * norms, num_classes)
+    return RowUpdates(index, values, _scale=scale), dropped, squared_norm
 
 
-def _finite(values: Array, scale: Array, squares: Array) -> Array:
-    del squares
-    return jnp.isfinite(scale[:, None] * values).all(axis=-1)
-
-
-def _finite_by_squares(values: Array, scale: Array, squares: Array) -> Array:
-    """The same: only where a square is not finite is it worth a pass over the values."""
-    finite = jnp.isfinite(squares)
-    return jax.lax.cond(finite.all(), lambda *_: finite, _finite, values, scale, squares)
+def _check_rows(leaves: list[Any]) -> None:
+    for leaf in leaves or [None]:
+        if not isinstance(leaf, RowUpdates):
+            got = 'nothing' if leaf is None else type_name(leaf) if hasattr(leaf, 'dtype') else type(leaf).__name__
+            raise TypeError(
+                'center_update takes RowUpdates in the place of a gradient for the centers: pass the rows that '
+                f'center_loss_and_rows, center_rows or CenterLoss return, got {got}. Transforms that accumulate or '
+                'average, such as optax.MultiSteps, go inside with_centers'
+            )

@@ -7,7 +7,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from centerloss_jax._loss import AxisName, ReduceFn, center_loss_and_rows
+from centerloss_jax._inputs import AxisName, ReduceFn
+from centerloss_jax._loss import center_loss_and_rows
 from centerloss_jax._rows import RowUpdates
 
 

@@ -54,7 +54,7 @@ def test_all_devices_have_one_table_to_the_bit_and_one_state(per_device, dtype):
     expected = oracle.center_update(x[known], centers, labels[known], 0.5)
     rtol = 1e-5 if dtype == jnp.float32 else 1e-2
     np.testing.assert_allclose(np.asarray(tables[0], np.float32), expected, rtol=rtol, atol=rtol)
-    np.testing.assert_array_equal(state.left_out, [2] * 8)
+    np.testing.assert_array_equal(state.dropped, [2] * 8)
 
 
 def replicate(tree, num_devices=8):

@@ -285,7 +285,7 @@ def test_a_mistaken_label_is_dropped_and_counted_and_moves_no_row():
     np.testing.assert_array_equal(np.asarray(moved)[unmoved], centers[unmoved])
     right = np.array([0, -1, -1, 4, -1, -1])
     np.testing.assert_allclose(moved, oracle.center_update(x, centers, right, 0.5), rtol=1e-6)
-    assert state.left_out == 2
+    assert state.dropped == 2
 
 
 class TestCheckLabels:

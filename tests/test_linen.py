@@ -137,7 +137,7 @@ class TestStep:
             absent = ~np.isin(np.arange(5), labels)
             np.testing.assert_array_equal(np.asarray(linen_table(state))[absent], before[absent])
             assert np.isfinite(loss)
-        assert center_state(state.opt_state).left_out == 0
+        assert center_state(state.opt_state).dropped == 0
         assert center_state(state.opt_state).count == 4
         chex.clear_trace_counter()
 
@@ -191,4 +191,4 @@ def test_the_module_may_be_deep_in_the_model_and_used_twice():
     moved = new['centers']['head']['center']['centers']
     expected = oracle.center_update(-rows.values, np.zeros((5, 3)), np.tile(labels, 2), 0.5)
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
-    assert center_state(state).left_out == 0
+    assert center_state(state).dropped == 0

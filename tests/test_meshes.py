@@ -132,7 +132,7 @@ def test_a_mesh_of_auto_axes_that_nobody_names_gives_the_right_answer():
     table, state, x, labels = make_arrays()
     x[[20, 60]], labels[33] = np.inf, C
     expected = jax.jit(step)(table, state, x, labels)
-    assert expected[1].left_out == 3
+    assert expected[1].dropped == 3
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
     x, labels = jax.device_put((x, labels), NamedSharding(mesh, P('data')))
     table, state = jax.device_put((table, state), NamedSharding(mesh, P()))

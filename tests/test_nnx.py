@@ -136,7 +136,7 @@ class TestStep:
             absent = ~np.isin(np.arange(5), labels)
             np.testing.assert_array_equal(nnx_table(model)[absent], before[absent])
         state = center_state(nnx.as_pure(optimizer.opt_state))
-        assert (state.count, state.left_out) == (4, 0)
+        assert (state.count, state.dropped) == (4, 0)
         chex.clear_trace_counter()
 
     def test_centers_do_not_depend_on_the_weight_of_the_loss(self, graph):

@@ -167,4 +167,4 @@ def test_two_trees_of_gradients_that_were_added_move_no_center_and_are_counted(j
     np.testing.assert_array_equal(model['centers'], CENTERS)
     np.testing.assert_array_equal(model['params'], -2 * GRADS['params'])
     # All four: a sum no longer shows which row was that of an example without a label.
-    assert center_state(state).left_out == 4
+    assert center_state(state).dropped == 4

@@ -102,7 +102,7 @@ def test_a_label_that_hits_a_pad_row_is_a_mistake(table):
     assert np.isfinite(gradient).all()
     tx = clj.center_update(0.5, mesh=mesh)
     updates, state = jax.jit(tx.update)(rows, tx.init(centers), centers)
-    assert state.left_out == 1
+    assert state.dropped == 1
     moved: Any = optax.apply_updates(centers, updates)
     assert np.isposinf(moved[10:]).all()
     np.testing.assert_array_equal(np.flatnonzero((moved[:10] != table).any(axis=1)), [4])

@@ -128,14 +128,14 @@ def test_a_feature_that_is_not_finite_never_reaches_a_center(content):
     centers = jnp.zeros((6, 2))
     moved, state = move(centers, clj.center_rows(x, centers, [3, 4, 3, 5]))
     np.testing.assert_allclose(moved, [[0, 0], [0, 0], [0, 0], [0.75, 1.25], [0.25, 0.25], [0, 0]], rtol=1e-6)
-    assert state.left_out == 2
+    assert state.dropped == 2
 
 
 def test_features_near_the_largest_number_move_their_center_finitely():
     x, centers = np.full((4, 2), 3e38, np.float32), jnp.zeros((3, 2))
     moved, state = move(centers, clj.center_rows(x, centers, [1, 1, 1, 1]))
     np.testing.assert_allclose(moved[1], np.full(2, 3e38 * 0.5 * 4 / 5), rtol=1e-6)
-    assert state.left_out == 0
+    assert state.dropped == 0
 
 
 def test_the_widest_type_decides_in_float64():

@@ -14,7 +14,7 @@ from problems import make_problem
 from steps import update
 
 import centerloss_jax as clj
-from centerloss_jax import _replicas
+from centerloss_jax import _tables as _replicas
 
 
 def step(axis_name):

@@ -238,7 +238,7 @@ class TestCenterRows:
         np.testing.assert_array_equal(gradient[~present], np.zeros_like(gradient[~present]))
 
     @pytest.mark.parametrize('content', [np.nan, np.inf])
-    def test_of_left_out_examples_hold_nothing_that_is_not_finite(self, content):
+    def test_of_dropped_examples_hold_nothing_that_is_not_finite(self, content):
         x, centers, labels, options = make_problem(dtype=np.float32, weights='elements')
         where = np.arange(7) != 4
         x[[1, 4]], options['weights'][[1, 4]], labels[1] = content, content, -1
@@ -329,7 +329,7 @@ class TestConcatenateRows:
         summed = jax.tree.map(jnp.add, make_rows(7, 3, 1), make_rows(7, 4, 2, seed=2))
         joined = clj.concatenate_rows(make_rows(4, 0), summed)
         _, state = move(TABLE, joined)
-        assert state.left_out == 3
+        assert state.dropped == 3
 
     def test_parts_of_other_widths_are_an_error(self):
         with pytest.raises(ValueError, match=r'3.*5|5.*3'):

@@ -13,6 +13,7 @@ import pytest
 from updates import move
 
 import centerloss_jax as clj
+from centerloss_jax import _kernels
 
 FEATURES = 16
 SIZES = [200, 1024, 1345]  # of few rows all pairs are compared
@@ -23,14 +24,13 @@ CLASSES = [1, 7, 900, 5000]  # fewer than the rows, which are summed by class, a
 def way(request, monkeypatch):
     """Each test runs as CPUs take the rows, and as all other devices do."""
 
-    def platform_dependent(*args, **ways):
+    def by_platform(*args, **ways):
         return ways.get(request.param, ways['default'])(*args)
 
-    monkeypatch.setattr(jax.lax, 'platform_dependent', platform_dependent)
-    jitted: Any = step
-    jitted.clear_cache()
+    monkeypatch.setattr(_kernels, 'by_platform', by_platform)
+    jax.clear_caches()
     yield request.param
-    jitted.clear_cache()
+    jax.clear_caches()
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -61,7 +61,7 @@ def test_many_rows_move_their_centers_as_eq_4_says(size, num_classes):
     expected = oracle.center_update(x, centers, np.where(mask, labels, -1), 0.5)
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.step_norm, np.linalg.norm(expected - centers), rtol=1e-5)
-    assert state.left_out == 0
+    assert state.dropped == 0
 
 
 def test_more_classes_than_numbers_in_the_batch():
@@ -111,7 +111,7 @@ def test_rows_that_are_not_finite_are_as_if_absent(bad, num_classes):
     expected, alone = run(centers, x, labels, present)
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.step_norm, alone.step_norm, rtol=1e-5)
-    assert state.left_out == np.sum(mask & ~present & (labels >= 0))
+    assert state.dropped == np.sum(mask & ~present & (labels >= 0))
 
 
 def test_a_bfloat16_table_is_rounded_once():

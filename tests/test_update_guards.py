@@ -55,7 +55,7 @@ def test_rows_that_are_no_longer_rows_are_dropped_and_counted(arithmetic, jit):
     rows = jax.tree.map(lambda p, q: arithmetic(jnp.asarray(p), jnp.asarray(q)), make_rows(7, 3, 1), make_rows(7, 4, 2))
     moved, state = update(rows, jit)
     np.testing.assert_array_equal(moved, TABLE)
-    assert state.left_out == 3
+    assert state.dropped == 3
 
 
 @pytest.mark.parametrize('bound', [10, 10**4, 10**7, 5 * 10**8])
@@ -66,7 +66,7 @@ def test_rows_of_a_large_table_that_were_clipped_are_dropped_and_counted(bound):
     transform: Any = clj.center_update(0.5)
     updates, state = transform.update(clipped, transform.init(None))
     np.testing.assert_array_equal(updates.values, np.zeros((2, 3)))
-    assert state.left_out == 2
+    assert state.dropped == 2
 
 
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
@@ -92,7 +92,7 @@ def test_rows_summed_over_devices_are_dropped_and_counted(per_device, num_device
     tables, state = per_device(step, (x, labels), TABLE)
     for device in range(num_devices):
         np.testing.assert_array_equal(tables[device], TABLE)
-    np.testing.assert_array_equal(state.left_out, [2] * num_devices)
+    np.testing.assert_array_equal(state.dropped, [2] * num_devices)
 
 
 @pytest.mark.parametrize('reduce', [jax.lax.psum, jax.lax.pmean], ids=['psum', 'pmean'])
@@ -111,7 +111,7 @@ def test_rows_reduced_with_the_gradients_never_reach_another_class_through_the_g
     else:
         tables, state = per_device(step, batch, TABLE)
         np.testing.assert_array_equal(tables[0], TABLE)
-        np.testing.assert_array_equal(state.left_out, [4, 4])
+        np.testing.assert_array_equal(state.dropped, [4, 4])
 
 
 NOT_ROWS = {
