@@ -2,23 +2,41 @@
 
 The expanded square |x|^2 + |c|^2 - 2 x.c is one matrix product, but it is rounded: features of norm 1e4 that lie 1e-2
 apart lose every digit. So it only proposes. Its rounding error is bounded, and every center that may be nearest within
-that bound is measured by its direct difference. For most blocks of centers no example needs even one; where there are
-too many, as among centers that coincide, the whole block is measured.
+that bound is measured by its direct difference. In most blocks of centers an example has no such candidate or one. An
+example with many, such as an outlier or one among centers that coincide, is compared with the whole block.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from centerloss_jax._lookup import LEFT_OUT, check_features, check_table, wide
-from centerloss_jax._mesh import num_shards, on_auto_axes
+from centerloss_jax._inputs import IGNORED, check_features, check_table, compute_dtype
+from centerloss_jax._sharding import num_shards, on_auto_axes, take_rows, vary_as
 
-# Candidates of a block that are measured one by one before all of them are.
+# Rounds in a block in which each example measures its best candidate, before examples measure the whole block.
 ROUNDS = 16
+# Examples that measure the whole block at a time.
+EXAMPLES_AT_A_TIME = 8
+
+
+class Best(NamedTuple):
+    """The nearest center so far, for each example."""
+
+    label: Array  # int32 [B], IGNORED where there is none
+    distance: Array  # [B], squared; Inf where there is none
+
+
+class Block(NamedTuple):
+    """Some neighbouring centers of the table."""
+
+    start: Array  # int32 [], the class of the first
+    centers: Array  # [block, D], 0 where not finite
 
 
 def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) -> tuple[Array, Array]:
@@ -26,9 +44,9 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) 
 
     .. math:: y_i = \arg\min_j |x_i - c_j|^2
 
-    Memory is O(B * block_size), never B x C. The distance is that of the direct difference; between equal distances
-    the lowest class wins. A center that holds an Inf or a NaN, as the rows that pad a table for a mesh do, is never
-    returned.
+    Memory is O(B * block_size + B * D), never B x C. The distance is that of the direct difference. Between equal
+    distances the lowest class wins. A center that holds an Inf or a NaN is never returned; the rows that pad a table
+    for a mesh hold Inf. The distance can be differentiated for x and for the centers.
 
     Args:
       x: features `[..., D]`, floating point; narrow dtypes are computed in float32.
@@ -58,110 +76,139 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) 
     """
     centers = check_table(centers)
     x = check_features(x, centers.shape[1])
-    if not isinstance(block_size, int) or block_size < 1:
+    if not isinstance(block_size, (int, np.integer)) or block_size < 1:
         raise ValueError(f'block_size must be an integer of at least 1, got {block_size!r}')
     spec = jax.typeof(x).sharding.spec
-    search = partial(_nearest, block_size=block_size, shards=num_shards(centers))
+    search = partial(_nearest, block_size=int(block_size), shards=num_shards(centers))
     return on_auto_axes(search, x, centers, spec=P(*spec[:-1]))
 
 
 @partial(jax.jit, static_argnames=('block_size', 'shards'))
 def _nearest(x: Array, centers: Array, block_size: int, shards: int) -> tuple[Array, Array]:
-    """Searches each device's part of the table by itself; what travels is the best of each part."""
+    flat = x.reshape(-1, x.shape[-1]).astype(compute_dtype(x.dtype, centers.dtype))
+    label = _search_shards(jax.lax.stop_gradient(flat), jax.lax.stop_gradient(centers), block_size, shards)
+    found = label != IGNORED
+    # Measured again, so that the distance has a gradient and the search needs none.
+    nearest = take_rows(centers, jnp.where(found, label, 0)).astype(flat.dtype)
+    distance = jnp.sum(jnp.square(jnp.where(found[:, None], flat - nearest, jnp.nan)), axis=-1)
+    return label.reshape(x.shape[:-1]), distance.reshape(x.shape[:-1])
+
+
+def _search_shards(x: Array, centers: Array, block_size: int, shards: int) -> Array:
+    """Searches each device's shard of the table by itself; what moves is the best of each shard."""
     num_classes, num_features = centers.shape
     rows = num_classes // shards
-    flat = x.reshape(-1, num_features).astype(wide(x.dtype, centers.dtype))
     search = partial(_search, block_size=min(-(-block_size // shards), rows))
-    if shards == 1:  # not vmapped, which would mask every round of the search
-        labels, distances = (best[None] for best in search(flat, centers))
-    else:
-        parts = centers.reshape(shards, rows, num_features)
-        labels, distances = jax.vmap(search, in_axes=(None, 0))(flat, parts)
-    best = jnp.argmin(distances, axis=0)[None]  # the first of equals, and so the lowest class
-    label = jnp.take_along_axis(labels, best, axis=0)[0]
-    distance = jnp.take_along_axis(distances, best, axis=0)[0]
-    found = label != LEFT_OUT
-    label = jnp.where(found, label + best[0] * rows, LEFT_OUT).astype(jnp.int32)
-    return label.reshape(x.shape[:-1]), jnp.where(found, distance, jnp.nan).reshape(x.shape[:-1])
+    if shards == 1:  # without vmap, which masks every round of the search
+        return search(x, centers).label
+    best = jax.vmap(search, in_axes=(None, 0))(x, centers.reshape(shards, rows, num_features))
+    shard = jnp.argmin(best.distance, axis=0).astype(jnp.int32)[None]  # the first of equals, so the lowest class
+    label = jnp.take_along_axis(best.label, shard, axis=0)[0]
+    return jnp.where(label == IGNORED, label, label + shard[0] * rows)
 
 
-def _search(x: Array, centers: Array, block_size: int) -> tuple[Array, Array]:
-    """Labels `[B]` and squared distances `[B]` in one part of the table; LEFT_OUT and Inf where there is none."""
-    num_classes, num_features = centers.shape
-    dtype = x.dtype
+def _search(x: Array, centers: Array, block_size: int) -> Best:
+    """Returns the nearest center of each example in one shard of the table."""
+    num_classes = centers.shape[0]
     # Distances do not depend on the origin, but their rounding does.
-    origin = _origin(centers, dtype)
-    usable = jnp.isfinite(x).all(axis=-1)
-    shifted = jnp.where(usable[:, None], x, 0) - origin
-    norms = jnp.linalg.norm(shifted, axis=-1)
-    # Bounds the error of the shift, of the D products and of their sums, relative to (|x| + |c|)^2.
-    slack = 2 * (num_features + 8) * jnp.finfo(dtype).eps
+    origin = _origin(centers, x.dtype)
 
-    def block(i, best):
+    def search_block(i, best):
         # The last block starts early enough to be whole; what it sees again changes nothing.
         start = jnp.minimum(i * block_size, num_classes - block_size)
-        own = jax.lax.dynamic_slice_in_dim(centers, start, block_size).astype(dtype)
-        finite = jnp.isfinite(own).all(axis=-1)
-        there = jnp.where(finite[:, None], own - origin, 0)
-        radii = jnp.linalg.norm(there, axis=-1)
-        product = jnp.dot(shifted, there.T, precision=jax.lax.Precision.HIGHEST)
-        expanded = (norms * norms)[:, None] + (radii * radii) - 2 * product
-        lowest = expanded - slack * jnp.square(norms[:, None] + radii)
-        # What overflows says nothing, so it is measured. A center that is not finite is never a candidate.
-        lowest = jnp.where(jnp.isfinite(lowest), lowest, -jnp.inf)
-        lowest = jnp.where(finite & usable[:, None], lowest, jnp.inf)
+        rows = jax.lax.dynamic_slice_in_dim(centers, start, block_size).astype(x.dtype)
+        finite = jnp.isfinite(rows).all(axis=-1)
+        block = Block(start, jnp.where(finite[:, None], rows, 0))
+        return _search_block(x, block, _lower_bounds(x, block, origin, finite), best)
 
-        def settle(candidate, best):
-            labels, distances = best
-            possible = jnp.take_along_axis(lowest, candidate[:, None], axis=-1)[:, 0] < jnp.inf
-            distance = jnp.sum(jnp.square(x - own[candidate]), axis=-1)
-            label = (start + candidate).astype(jnp.int32)
-            closer = possible & ((distance < distances) | ((distance == distances) & (label < labels)))
-            return jnp.where(closer, label, labels), jnp.where(closer, distance, distances)
+    best = Best(jnp.full(x.shape[0], IGNORED, jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype))
+    best = jax.tree.map(lambda a: vary_as(a, x, centers), best)
+    return jax.lax.fori_loop(0, -(-num_classes // block_size), search_block, best)
 
-        def unsettled(state):
-            lowest, (_, distances), _ = state
-            least = lowest.min(axis=-1)
-            return ((least <= distances) & (least < jnp.inf)).any()
 
-        def measure_one(state):
-            lowest, best, rounds = state
-            candidate = _first_of_least(lowest)
-            seen = candidate[:, None] == jnp.arange(block_size)
-            return jnp.where(seen, jnp.inf, lowest), settle(candidate, best), rounds + 1
+def _lower_bounds(x: Array, block: Block, origin: Array, finite: Array) -> Array:
+    """Returns a lower bound of each squared distance, `[B, block]`, from one matrix product; Inf rules a center out."""
+    usable = jnp.isfinite(x).all(axis=-1)
+    x, centers = jnp.where(usable[:, None], x, 0) - origin, block.centers - origin
+    norms, radii = jnp.linalg.norm(x, axis=-1)[:, None], jnp.linalg.norm(centers, axis=-1)[None]
+    product = jnp.dot(x, centers.T, precision=jax.lax.Precision.HIGHEST)
+    # Bounds the error of the shift, of the D products and of their sums, relative to (|x| + |c|)^2.
+    slack = 2 * (x.shape[1] + 8) * jnp.finfo(x.dtype).eps
+    bound = jnp.square(norms) + jnp.square(radii) - 2 * product - slack * jnp.square(norms + radii)
+    # A bound that overflows says nothing, so its center is measured.
+    bound = jnp.where(jnp.isfinite(bound), bound, -jnp.inf)
+    return jnp.where(finite[None] & usable[:, None], bound, jnp.inf)
 
-        def measure_all(state):
-            lowest, best, rounds = state
 
-            def add_feature(d, squares):
-                return squares + jnp.square(x[:, d, None] - jnp.where(finite, own[:, d], 0))
+def _search_block(x: Array, block: Block, bounds: Array, best: Best) -> Best:
+    """Measures every center of a block whose lower bound leaves room for it to be nearest."""
 
-            # Begun from the state: what does not depend on it XLA would move out of the loop, and always do.
-            squares = jax.lax.fori_loop(0, num_features, add_feature, jnp.where(lowest < jnp.inf, 0, jnp.inf))
-            candidate = _first_of_least(squares)
-            return jnp.full_like(lowest, jnp.inf), settle(candidate, best), rounds
+    def measure_candidates(state):
+        bounds, best, rounds = state
+        return *_measure_candidates(x, block, bounds, best), rounds + 1
 
-        state = lowest, best, 0
-        state = jax.lax.while_loop(lambda state: unsettled(state) & (state[2] < ROUNDS), measure_one, state)
-        # No bound tells centers apart that coincide, as those do that never moved. This runs once or not at all; a
-        # lax.cond, which it is, would run both ways under vmap.
-        return jax.lax.while_loop(unsettled, measure_all, state)[1]
+    def measure_examples(state):
+        return _measure_examples(x, block, *state)
 
-    best = jnp.full(x.shape[0], LEFT_OUT, jnp.int32), jnp.full(x.shape[0], jnp.inf, dtype)
-    return jax.lax.fori_loop(0, -(-num_classes // block_size), block, best)
+    def undecided_in_rounds(state):
+        bounds, best, rounds = state
+        return _undecided(bounds, best).any() & (rounds < ROUNDS)
+
+    bounds, best, _ = jax.lax.while_loop(undecided_in_rounds, measure_candidates, (bounds, best, 0))
+    return jax.lax.while_loop(lambda state: _undecided(*state).any(), measure_examples, (bounds, best))[1]
+
+
+def _undecided(bounds: Array, best: Best) -> Array:
+    """Returns bool `[B]`, whether a center of the block may be nearer, or as near and of a lower class."""
+    least = bounds.min(axis=-1)
+    return (least <= best.distance) & (least < jnp.inf)
+
+
+def _measure_candidates(x: Array, block: Block, bounds: Array, best: Best) -> tuple[Array, Best]:
+    """Measures for each example the center of the lowest bound."""
+    candidate = _first_of_least(bounds)
+    possible = jnp.take_along_axis(bounds, candidate[:, None], axis=-1)[:, 0] < jnp.inf
+    seen = candidate[:, None] == jnp.arange(bounds.shape[1])[None]
+    return jnp.where(seen, jnp.inf, bounds), _nearer(x, block, candidate, possible, best)
+
+
+def _measure_examples(x: Array, block: Block, bounds: Array, best: Best) -> tuple[Array, Best]:
+    """Measures every center of the block for the first few examples that are undecided."""
+    size = min(EXAMPLES_AT_A_TIME, x.shape[0])
+    (example,) = jnp.nonzero(_undecided(bounds, best), size=size, fill_value=x.shape[0])
+    hints: Any = {'mode': 'fill', 'fill_value': jnp.inf}
+    possible, x = bounds.at[example].get(**hints) < jnp.inf, x.at[example].get(**hints)
+
+    def add_feature(d, squares):
+        return squares + jnp.square(x[:, d, None] - block.centers[None, :, d])
+
+    squares = jax.lax.fori_loop(0, x.shape[1], add_feature, jnp.where(possible, jnp.zeros([], x.dtype), jnp.inf))
+    few = Best(*(a.at[example].get(mode='fill', fill_value=0) for a in best))
+    few = _nearer(x, block, _first_of_least(squares), possible.any(axis=-1), few)
+    best = Best(*(a.at[example].set(b, mode='drop') for a, b in zip(best, few, strict=True)))
+    return bounds.at[example].set(jnp.inf, mode='drop'), best
+
+
+def _nearer(x: Array, block: Block, candidate: Array, possible: Array, best: Best) -> Best:
+    """Measures one center of the block for each example and returns the nearer of it and the best."""
+    distance = jnp.sum(jnp.square(x - block.centers[candidate]), axis=-1)
+    label = block.start + candidate
+    lower = (distance == best.distance) & (label < best.label)
+    nearer = possible & ((distance < best.distance) | lower)
+    return Best(*(jnp.where(nearer, a, b) for a, b in zip((label, distance), best, strict=True)))
 
 
 def _first_of_least(values: Array) -> Array:
-    """argmin over the last axis of values without NaN. XLA's own takes five times as long on CPUs, entry by entry."""
-    place = jnp.arange(values.shape[-1], dtype=jnp.int32)
+    """Returns argmin over the last axis of values without NaN, int32. XLA's own takes five times as long on CPUs."""
+    place = jnp.arange(values.shape[-1], dtype=jnp.int32)[None]
     least = values.min(axis=-1, keepdims=True)
     return jnp.where(values == least, place, values.shape[-1] - 1).min(axis=-1)
 
 
-def _origin(centers: Array, dtype) -> Array:
-    """Where the table lies: the median of a few centers, which a far one does not move."""
+def _origin(centers: Array, dtype: DTypeLike) -> Array:
+    """Returns the middle of the table `[1, D]`: the median of a few centers, which a far one does not move."""
     few = centers[:: -(-centers.shape[0] // 64)].astype(dtype)
     finite = jnp.isfinite(few).all(axis=-1, keepdims=True)
     ordered = jnp.sort(jnp.where(finite, few, jnp.inf), axis=0)
     middle = ordered[finite.sum() // 2 - (finite.sum() > 0)]
-    return jnp.where(jnp.isfinite(middle), middle, 0)
+    return jnp.where(jnp.isfinite(middle), middle, 0)[None]
