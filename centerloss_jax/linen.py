@@ -42,7 +42,7 @@ class CenterLoss(nn.Module):
     """
 
     num_classes: int
-    centers_init: Callable[..., Array] = nn.initializers.zeros
+    centers_init: Callable[..., Array] | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -63,4 +63,5 @@ class CenterLoss(nn.Module):
         )
 
     def _init_centers(self, num_features: int) -> Array:
-        return self.centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)
+        centers_init = self.centers_init or nn.initializers.zeros
+        return centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)
