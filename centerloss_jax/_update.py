@@ -19,11 +19,26 @@ Alpha = float | Array | optax.Schedule
 
 
 class CenterUpdateState(NamedTuple):
-    """The state of `center_update`. Nothing in it grows with the number of classes."""
+    """State of `center_update`. No leaf grows with the number of classes.
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name; int32 [], steps taken
-    left_out: Array  # int32 [], rows dropped since the start: not finite, summed, or of a label beyond the table
-    step_norm: Array  # float32 [], Euclidean norm of the last move of all centers together
+    Attributes:
+      count: int32 `[]`, number of steps taken.
+      left_out: int32 `[]`, number of rows dropped since the start. Rows are dropped if they are not finite, if their
+        label is C or more, or if arithmetic has changed them.
+      step_norm: float32 `[]`, Euclidean norm of the last move of all centers together.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp, optax
+      >>> tx = clj.with_centers(optax.adam(1e-3))
+      >>> state = tx.init({'params': jnp.zeros(4), 'centers': jnp.zeros((3, 2))})
+      >>> optax.tree.get(state, 'step_norm').item()
+      0.0
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name
+    left_out: Array
+    step_norm: Array
 
 
 def center_update(
