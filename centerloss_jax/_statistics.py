@@ -26,12 +26,19 @@ from centerloss_jax._sharding import on_auto_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassStatistics:
-    r"""Counts, means and squared deviations of features by class. A pytree; parts of a data set are joined by `merge`.
+    r"""Counts, means and squared deviations of features by class, as a pytree. `merge` joins parts of a dataset.
 
     Attributes:
       count: int32 `[C]`, examples of each class, n_j.
       mean: `[C, D]`, class means :math:`\mu_j`; 0 for a class without examples.
       squared_deviation: `[C]`, :math:`\sum_{i: y_i = j} |x_i - \mu_j|^2`.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> statistics = clj.class_statistics(jnp.array([[0.0], [2.0], [9.0]]), jnp.array([0, 0, 1]), num_classes=2)
+      >>> statistics.count.tolist(), statistics.mean.tolist(), statistics.squared_deviation.tolist()
+      ([2, 1], [[1.0], [9.0]], [2.0, 0.0])
     """
 
     count: Array
@@ -58,10 +65,24 @@ class ClassStatistics:
         return self.intra / self.inter
 
     def merge(self, other: 'ClassStatistics') -> 'ClassStatistics':
-        """The statistics of both sets of examples together, by the parallel form of Welford's algorithm.
+        """Returns the statistics of both sets of examples together, by the parallel form of Welford's algorithm.
+
+        Args:
+          other: statistics of other examples, for the same number of classes C and of features D.
+
+        Returns:
+          ClassStatistics of all examples.
 
         Raises:
-          ValueError: if the other has another number of classes or features.
+          ValueError: if the numbers of classes or features differ.
+
+        Example:
+          >>> import centerloss_jax as clj
+          >>> import jax.numpy as jnp
+          >>> first = clj.class_statistics(jnp.array([[1.0]]), jnp.array([0]), num_classes=1)
+          >>> second = clj.class_statistics(jnp.array([[3.0]]), jnp.array([0]), num_classes=1)
+          >>> first.merge(second).mean.tolist()
+          [[2.0]]
 
         References:
           Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.

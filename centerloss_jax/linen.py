@@ -1,4 +1,4 @@
-"""CenterLoss as a Linen module, with its centers in a variable collection of their own."""
+"""The center loss as a Linen module. Its centers are a variable collection."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,16 +15,26 @@ from centerloss_jax._rows import RowUpdates
 class CenterLoss(nn.Module):
     """The center loss with its table of centers, for Flax Linen.
 
-    The table is the variable 'centers' of the collection 'centers'. The module computes; it does not move the centers,
-    so the collection need not be mutable. Its rows go to the optimizer in the place of a gradient, as
-    `grads={'params': grads, 'centers': {'center': {'centers': rows}}}` for a module of the name 'center'. At inference
-    do not call it: no centers are needed then.
+    The table is the variable 'centers' of the collection 'centers'. The module computes the loss and the rows; it does
+    not move the centers, so the collection need not be mutable. Pass the rows to the optimizer in place of a gradient:
+    `grads={'params': grads, 'centers': {'center': {'centers': rows}}}` for a module with the name 'center'. Inference
+    needs neither the module nor the centers.
+
+    The call takes the arguments of `centerloss_jax.center_loss_and_rows` without `centers`. D is taken from x at
+    initialization.
 
     Attributes:
-      num_classes: number of classes C of the data, not of a batch.
-      centers_init: initializer `(key, [C, D], dtype) -> centers`; zeros by default. To start from class means pass
+      num_classes: number of classes C of the dataset, not of a batch.
+      centers_init: initializer `(key, [C, D], dtype) -> centers`, or None for zeros. To start from class means, pass
         `lambda key, shape, dtype: class_statistics(...).mean.astype(dtype)`.
-      dtype: of the table, float32 by default. The loss is computed in float32 at least.
+      dtype: dtype of the table. The loss is computed in float32 or wider.
+
+    Returns:
+      From the call, `(loss, rows)`: the loss, and RowUpdates for the optimizer.
+
+    Raises:
+      TypeError: from the call, for a wrong dtype. See `centerloss_jax.center_loss`.
+      ValueError: from the call, for a wrong shape or a label of C or more.
 
     Example:
       >>> import centerloss_jax as clj
@@ -43,7 +53,7 @@ class CenterLoss(nn.Module):
     """
 
     num_classes: int
-    centers_init: Callable[..., Array] = nn.initializers.zeros
+    centers_init: Callable[..., Array] | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -57,11 +67,12 @@ class CenterLoss(nn.Module):
         reduce_fn: ReduceFn | None = jnp.mean,
         axis_name: AxisName | None = None,
     ) -> tuple[Array, RowUpdates]:
-        """`center_loss_and_rows` with the module's centers `[C, D]`; D is taken from x at initialization."""
+        """Returns `center_loss_and_rows` for the centers `[C, D]` of the module."""
         centers = self.variable('centers', 'centers', self._init_centers, jnp.shape(x)[-1])
         return center_loss_and_rows(
             x, centers.value, labels, where=where, weights=weights, reduce_fn=reduce_fn, axis_name=axis_name
         )
 
     def _init_centers(self, num_features: int) -> Array:
-        return self.centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)
+        centers_init = self.centers_init or nn.initializers.zeros
+        return centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)

@@ -1,4 +1,4 @@
-"""CenterLoss as an nnx.Module, with its centers as a Variable of a type of their own."""
+"""The center loss as an NNX module. Its centers are a Variable of the type `Centers`."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,26 +13,46 @@ from centerloss_jax._rows import RowUpdates
 
 
 class Centers(nnx.Variable):
-    """The type of a center table, so that filters tell it from parameters: `wrt=(nnx.Param, Centers)`."""
+    """Variable type of a table of centers. Filters distinguish it from parameters by this type.
+
+    Args:
+      value: `[C, D]` centers in a model, or RowUpdates in the gradients of one.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> from flax import nnx
+      >>> center = clj.nnx.CenterLoss(num_classes=3, num_features=2, rngs=nnx.Rngs(0))
+      >>> nnx.state(center, clj.nnx.Centers)['centers'][...].shape
+      (3, 2)
+    """
 
 
 class CenterLoss(nnx.Module):
     """The center loss with its table of centers, for Flax NNX.
 
-    The module computes; it does not move the centers. Its rows go to the optimizer in the place of a gradient, as
-    `grads.center = {'centers': Centers(rows)}`, with an `nnx.Optimizer` of `with_centers` and
-    `wrt=(nnx.Param, Centers)`. At inference simply do not call it.
+    The module computes the loss and the rows; it does not move the centers. Pass the rows to the optimizer in place of
+    a gradient: `grads.center = {'centers': Centers(rows)}`. The optimizer is an `nnx.Optimizer` of
+    `centerloss_jax.with_centers` with `wrt=(nnx.Param, Centers)`. Inference does not call the module.
+
+    The call takes the arguments of `centerloss_jax.center_loss_and_rows` without `centers`.
 
     Args:
-      num_classes: number of classes C of the data, not of a batch.
+      num_classes: number of classes C of the dataset, not of a batch.
       num_features: number of feature dimensions D.
-      centers_init: initializer `(key, [C, D], dtype) -> centers`; zeros by default. To start from class means pass
+      centers_init: initializer `(key, [C, D], dtype) -> centers`. To start from class means, pass
         `lambda key, shape, dtype: class_statistics(...).mean.astype(dtype)`.
-      dtype: of the table, float32 by default. The loss is computed in float32 at least.
+      dtype: dtype of the table. The loss is computed in float32 or wider.
       rngs: source of the initializer's key.
 
     Attributes:
       centers: `Centers` variable `[C, D]`.
+
+    Returns:
+      From the call, `(loss, rows)`: the loss, and RowUpdates for the optimizer.
+
+    Raises:
+      TypeError: from the call, for a wrong dtype. See `centerloss_jax.center_loss`.
+      ValueError: if num_classes or num_features is below 1; from the call, for a wrong shape or a label of C or more.
 
     Example:
       >>> import centerloss_jax as clj
@@ -42,9 +62,6 @@ class CenterLoss(nnx.Module):
       >>> loss, rows = center(jnp.array([[3.0, 4.0]]), jnp.array([1]))
       >>> loss.item(), rows.values.tolist()
       (25.0, [[-3.0, -4.0]])
-
-    Raises:
-      ValueError: if num_classes or num_features is below 1.
 
     References:
       Wen et al., ECCV 2016.
@@ -73,7 +90,7 @@ class CenterLoss(nnx.Module):
         reduce_fn: ReduceFn | None = jnp.mean,
         axis_name: AxisName | None = None,
     ) -> tuple[Array, RowUpdates]:
-        """`center_loss_and_rows` with the module's centers."""
+        """Returns `center_loss_and_rows` for the centers `[C, D]` of the module."""
         return center_loss_and_rows(
             x,
             self.centers[...],

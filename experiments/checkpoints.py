@@ -34,8 +34,8 @@ KEPT = 2
 AGREE_EVERY = 16
 
 RECIPE = (
-    'To keep the network and start new centers see "Runs that survive" in README: checkpoints.keep_network; '
-    'or name another --out'
+    'To keep the network and train new centers, use checkpoints.keep_network as experiments/README.md shows; '
+    'or pass another --out'
 )
 
 

@@ -1,47 +1,100 @@
-"""README is run: each of its blocks stands alone, and its numbers follow from the library."""
+"""README.md and experiments/README.md: their code runs, their links lead somewhere, their numbers are right."""
 
 import inspect
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import centerloss_jax as clj
 
-README = (Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'^```python\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
-HEADINGS = [re.findall(r'^#+ (.*)$', README.split(block)[0], re.MULTILINE)[-1] for block in BLOCKS]
-LINKS = re.findall(r'\]\((?!https?:|#)([^)]+)\)', README)
+ROOT = Path(__file__).parents[1]
+README, REFERENCE = (ROOT / name for name in ('README.md', 'experiments/README.md'))
+TEXT = {page: page.read_text(encoding='utf-8') for page in (README, REFERENCE)}
+BLOCK = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall(TEXT[REFERENCE])
+LINKS = [
+    (page, link)
+    for page, text in TEXT.items()
+    for link in re.findall(r'\]\((?!https?:)([^)]+)\)|^\[\w+\]: (?!https?:)(.+)$', text, re.MULTILINE)
+    for link in link
+    if link
+]
 
 
-@pytest.mark.parametrize('block', BLOCKS, ids=HEADINGS)
-def test_a_block_runs_as_it_stands_and_its_step_lowers_for_accelerators(block):
-    namespace = {'__name__': 'readme', 'center_weight': 0.1}
-    exec(compile(block, 'README.md', 'exec'), namespace)
-    step = namespace.get('train_step')
-    if step is not None:
-        arguments = [namespace[name] for name in inspect.signature(step).parameters]
-        modules = [value for value in arguments if isinstance(value, nnx.Module)]  # NNX steps have theirs in front
-        graphdef, state = nnx.split(modules)
-
-        def run(state, *arrays):
-            modules = nnx.merge(graphdef, state)
-            return step(*modules, *arrays), nnx.state(modules)
-
-        lowered = jax.jit(run).trace(state, *arguments[len(modules) :]).lower(lowering_platforms=('cuda', 'tpu'))
-        assert 'stablehlo' in lowered.as_text()
+def headings(page):
+    return re.findall(r'^#+ (.*)$', TEXT[page], re.MULTILINE)
 
 
-def test_there_is_a_quickstart_for_each_kind_of_user():
-    assert {'Flax Linen', 'Flax NNX', 'Bare JAX', 'Several devices with pmap'} <= set(HEADINGS)
+def anchor(heading):
+    """Returns the anchor that GitHub gives to a heading."""
+    return re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
 
 
-@pytest.mark.parametrize('link', LINKS)
-def test_a_link_leads_somewhere(link):
-    assert (Path(__file__).parents[1] / link).exists()
+def heading_of(block):
+    return re.findall(r'^#+ (.*)$', TEXT[REFERENCE].split(block)[0], re.MULTILINE)[-1]
+
+
+@pytest.mark.parametrize('block', BLOCKS, ids=heading_of)
+def test_a_block_of_the_reference_runs_as_it_stands(block):
+    exec(compile(block, str(REFERENCE), 'exec'), {'__name__': 'block'})
+
+
+def test_the_quickstart_of_readme_is_the_file_that_it_links():
+    assert BLOCK.findall(TEXT[README]) == [(ROOT / 'experiments/quickstart/linen.py').read_text(encoding='utf-8')]
+
+
+def test_readme_links_every_quickstart():
+    for path in (ROOT / 'experiments/quickstart').glob('[!_]*.py'):
+        assert f'](experiments/quickstart/{path.name})' in TEXT[README]
+
+
+def test_readme_is_short():
+    lines = TEXT[README].splitlines()
+    assert len(lines) <= 250
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'python -m pip install -e ".[experiments]" && python -m experiments.toy2d',
+        'python -m pip install -e ".[test]" && python -m pytest',
+        'python -W error -m pdoc -d google --math -o api centerloss_jax',
+    ],
+)
+def test_readme_has_the_command(command):
+    assert command in TEXT[README]
+
+
+@pytest.mark.parametrize(('page', 'link'), LINKS, ids=[f'{page.relative_to(ROOT)}-{link}' for page, link in LINKS])
+def test_a_link_leads_somewhere(page, link):
+    path, _, fragment = link.partition('#')
+    target = (page.parent / path).resolve() if path else page
+    assert target.exists()
+    if fragment:
+        assert fragment in map(anchor, headings(target))
+
+
+def test_the_index_of_the_reference_has_every_question():
+    index = TEXT[REFERENCE].split('\n# ')[0]
+    questions = [heading for heading in headings(REFERENCE) if heading.endswith('?')]
+    assert len(questions) > 30
+    assert re.findall(r'\]\(#([^)]+)\)', index) == [anchor(question) for question in questions]
+
+
+def test_readme_links_each_public_name_to_the_file_that_defines_it():
+    modules = {'linen': ['CenterLoss'], 'nnx': ['CenterLoss', 'Centers']}
+    names = [name for name in clj.__all__ if name not in modules]
+    names += [f'{module}.{name}' for module, members in modules.items() for name in members]
+    linked = dict(re.findall(r'^\| \[`([\w.]+)`\]\((centerloss_jax/\w+\.py)\) \|', TEXT[README], re.MULTILINE))
+    assert sorted(linked) == sorted(names)
+    for name, path in linked.items():
+        member = clj
+        for part in name.split('.'):
+            member = getattr(member, part)
+        assert (ROOT / path).samefile(inspect.getfile(member))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +107,7 @@ def test_a_link_leads_somewhere(link):
     ],
 )
 def test_the_table_of_factors_carries_a_weight_over(worked_example, origin, loss, weight):
-    row = re.search(rf'^\| {origin} \|.*\| (.*) \|$', README, re.MULTILINE)
+    row = re.search(rf'^\| {origin} \|.*\| (.*) \|$', TEXT[README], re.MULTILINE)
     assert row is not None
     x, centers, labels = worked_example.x, worked_example.centers, worked_example.labels
     batch_size, num_features = x.shape
