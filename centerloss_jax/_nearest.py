@@ -3,11 +3,11 @@
 The expanded square |x|^2 + |c|^2 - 2 x.c is one matrix product, but it is rounded: features of norm 1e4 that lie 1e-2
 apart lose every digit. So it only proposes. Its rounding error is bounded, and every center that may be nearest within
 that bound is measured by its direct difference. In most blocks of centers an example has no such candidate or one. An
-example with many, such as an outlier or one among centers that coincide, is compared with the whole block.
+example with many, such as an outlier or one among centers that coincide, is set aside and compared with all centers.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ from jax.typing import ArrayLike, DTypeLike
 from centerloss_jax._inputs import IGNORED, check_features, check_table, compute_dtype
 from centerloss_jax._sharding import num_shards, on_auto_axes, take_rows, vary_as
 
-# Rounds in a block in which each example measures its best candidate, before examples measure the whole block.
+# Candidates that an example measures in a block before it is set aside.
 ROUNDS = 16
-# Examples that measure the whole block at a time.
+# Examples that are compared with all centers at a time.
 EXAMPLES_AT_A_TIME = 8
 
 
@@ -109,21 +109,56 @@ def _search_shards(x: Array, centers: Array, block_size: int, shards: int) -> Ar
 
 def _search(x: Array, centers: Array, block_size: int) -> Best:
     """Returns the nearest center of each example in one shard of the table."""
-    num_classes = centers.shape[0]
     # Distances do not depend on the origin, but their rounding does.
     origin = _origin(centers, x.dtype)
 
-    def search_block(i, best):
-        # The last block starts early enough to be whole; what it sees again changes nothing.
-        start = jnp.minimum(i * block_size, num_classes - block_size)
-        rows = jax.lax.dynamic_slice_in_dim(centers, start, block_size).astype(x.dtype)
-        finite = jnp.isfinite(rows).all(axis=-1)
-        block = Block(start, jnp.where(finite[:, None], rows, 0))
-        return _search_block(x, block, _lower_bounds(x, block, origin, finite), best)
+    def search_block(i, state):
+        best, set_aside = state
+        block, finite = _block(centers, i, block_size, x.dtype)
+        return _search_block(x, block, _lower_bounds(x, block, origin, finite), best, set_aside)
+
+    best = Best(jnp.full(x.shape[0], IGNORED, jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype))
+    state = jax.tree.map(lambda a: vary_as(a, x, centers), (best, jnp.zeros(x.shape[0], bool)))
+    best, set_aside = jax.lax.fori_loop(0, -(-centers.shape[0] // block_size), search_block, state)
+
+    def compare_some(state):
+        best, set_aside = state
+        size = min(EXAMPLES_AT_A_TIME, x.shape[0])
+        (example,) = jnp.nonzero(set_aside, size=size, fill_value=x.shape[0])
+        some = _compare_with_all(x.at[example].get(mode='fill', fill_value=0), centers, block_size)
+        best = Best(*(a.at[example].set(b, mode='drop') for a, b in zip(best, some, strict=True)))
+        return best, set_aside.at[example].set(False, mode='drop')
+
+    return jax.lax.while_loop(lambda state: state[1].any(), compare_some, (best, set_aside))[0]
+
+
+def _compare_with_all(x: Array, centers: Array, block_size: int) -> Best:
+    """Returns the nearest center of a few examples by direct differences alone."""
+
+    def compare_with_block(i, best):
+        block, finite = _block(centers, i, block_size, x.dtype)
+
+        def add_feature(d, squares):
+            return squares + jnp.square(x[:, d, None] - block.centers[None, :, d])
+
+        squares = jnp.where(finite, jnp.zeros([], x.dtype), jnp.inf)
+        squares = jax.lax.fori_loop(0, x.shape[1], add_feature, jnp.broadcast_to(squares, (x.shape[0], block_size)))
+        return _nearer(x, block, _first_of_least(squares), squares.min(axis=-1) < jnp.inf, best)
 
     best = Best(jnp.full(x.shape[0], IGNORED, jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype))
     best = jax.tree.map(lambda a: vary_as(a, x, centers), best)
-    return jax.lax.fori_loop(0, -(-num_classes // block_size), search_block, best)
+    return jax.lax.fori_loop(0, -(-centers.shape[0] // block_size), compare_with_block, best)
+
+
+def _block(centers: Array, i: Array, block_size: int, dtype: DTypeLike) -> tuple[Block, Array]:
+    """Returns the i-th block of centers, and bool `[block]` whether each is finite.
+
+    The last block starts early enough to be whole; what is seen twice changes nothing.
+    """
+    start = jnp.minimum(i * block_size, centers.shape[0] - block_size)
+    rows = jax.lax.dynamic_slice_in_dim(centers, start, block_size).astype(dtype)
+    finite = jnp.isfinite(rows).all(axis=-1)
+    return Block(start, jnp.where(finite[:, None], rows, 0)), finite
 
 
 def _lower_bounds(x: Array, block: Block, origin: Array, finite: Array) -> Array:
@@ -140,22 +175,19 @@ def _lower_bounds(x: Array, block: Block, origin: Array, finite: Array) -> Array
     return jnp.where(finite[None] & usable[:, None], bound, jnp.inf)
 
 
-def _search_block(x: Array, block: Block, bounds: Array, best: Best) -> Best:
-    """Measures every center of a block whose lower bound leaves room for it to be nearest."""
+def _search_block(x: Array, block: Block, bounds: Array, best: Best, set_aside: Array) -> tuple[Best, Array]:
+    """Measures the centers of a block whose lower bound leaves room to be nearest; sets examples with many aside."""
 
-    def measure_candidates(state):
+    def measure(state):
         bounds, best, rounds = state
         return *_measure_candidates(x, block, bounds, best), rounds + 1
 
-    def measure_examples(state):
-        return _measure_examples(x, block, *state)
-
     def undecided_in_rounds(state):
         bounds, best, rounds = state
-        return _undecided(bounds, best).any() & (rounds < ROUNDS)
+        return (_undecided(bounds, best) & ~set_aside).any() & (rounds < ROUNDS)
 
-    bounds, best, _ = jax.lax.while_loop(undecided_in_rounds, measure_candidates, (bounds, best, 0))
-    return jax.lax.while_loop(lambda state: _undecided(*state).any(), measure_examples, (bounds, best))[1]
+    bounds, best, _ = jax.lax.while_loop(undecided_in_rounds, measure, (bounds, best, 0))
+    return best, set_aside | _undecided(bounds, best)
 
 
 def _undecided(bounds: Array, best: Best) -> Array:
@@ -170,23 +202,6 @@ def _measure_candidates(x: Array, block: Block, bounds: Array, best: Best) -> tu
     possible = jnp.take_along_axis(bounds, candidate[:, None], axis=-1)[:, 0] < jnp.inf
     seen = candidate[:, None] == jnp.arange(bounds.shape[1])[None]
     return jnp.where(seen, jnp.inf, bounds), _nearer(x, block, candidate, possible, best)
-
-
-def _measure_examples(x: Array, block: Block, bounds: Array, best: Best) -> tuple[Array, Best]:
-    """Measures every center of the block for the first few examples that are undecided."""
-    size = min(EXAMPLES_AT_A_TIME, x.shape[0])
-    (example,) = jnp.nonzero(_undecided(bounds, best), size=size, fill_value=x.shape[0])
-    hints: Any = {'mode': 'fill', 'fill_value': jnp.inf}
-    possible, x = bounds.at[example].get(**hints) < jnp.inf, x.at[example].get(**hints)
-
-    def add_feature(d, squares):
-        return squares + jnp.square(x[:, d, None] - block.centers[None, :, d])
-
-    squares = jax.lax.fori_loop(0, x.shape[1], add_feature, jnp.where(possible, jnp.zeros([], x.dtype), jnp.inf))
-    few = Best(*(a.at[example].get(mode='fill', fill_value=0) for a in best))
-    few = _nearer(x, block, _first_of_least(squares), possible.any(axis=-1), few)
-    best = Best(*(a.at[example].set(b, mode='drop') for a, b in zip(best, few, strict=True)))
-    return bounds.at[example].set(jnp.inf, mode='drop'), best
 
 
 def _nearer(x: Array, block: Block, candidate: Array, possible: Array, best: Best) -> Best:

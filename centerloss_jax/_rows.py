@@ -8,12 +8,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from centerloss_jax._inputs import DROPPED, check_table, compute_dtype, row_index, type_name
+from centerloss_jax._inputs import DROPPED, IGNORED, check_table, compute_dtype, row_index, type_name
 from centerloss_jax._kernels import add_class_sums, unique_sums
 from centerloss_jax._sharding import add_rows, replicate, set_rows, take_rows
 
-# Odd, large and negative: no sum, multiple, square, sign or clip of it is itself, as it would be for 1.
-GUARD = -700_000_001
+# Constants that arithmetic on the rows changes: no sum, multiple, square, sign or clip of these numbers is itself.
+# Half precision holds neither of the floating ones. They differ, so that subtracting their mean changes them.
+GUARD = np.array([-700_000_001], np.int32)
+FLOAT_GUARD = np.array([[-700_000_064.0, 3.0000002]], np.float32)
+
+LEAVES = 'indices', '_values', '_scale', '_guard', '_float_guard'
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -27,9 +31,14 @@ class RowUpdates:
     one beyond the table, is dropped.
 
     Rows are not gradients. The sum of two RowUpdates, over devices or over passes, would name other classes, since it
-    adds the indices. A private constant detects this: such rows move nothing, and `center_update` counts them. A mean
-    or a scaled copy is a TypeError. Reduce, clip and accumulate inside `with_centers`, and join the rows of several
-    passes by `concatenate_rows`.
+    adds the indices. Private constants detect arithmetic on all leaves, on the integer ones or on the floating ones:
+    such rows move nothing, and `center_update` counts them. Where a leaf has another dtype afterwards, as after a mean
+    or a cast, it is a TypeError. Reduce, clip and accumulate inside `with_centers`, and join the rows of several passes
+    by `concatenate_rows`. A `jax.lax.pmean` of the floating leaves alone is not detected, since it leaves constants as
+    they are.
+
+    Rows that `jax.vmap`, `jax.lax.scan` or `jax.pmap` has stacked have leading axes: indices `[..., N]` and values
+    `[..., N, D]`. `concatenate_rows` joins them into rows that can be added to a table.
 
     Attributes:
       indices: integers `[N]`, rows of the table.
@@ -49,31 +58,35 @@ class RowUpdates:
 
     indices: ArrayLike
     _values: ArrayLike  # [N, D]; times _scale they are the values, so that loss, rows and move share one array
-    _guard: ArrayLike  # int32 [], GUARD until arithmetic on the rows changes it
     _scale: ArrayLike | None  # [N], or None for ones
+    _guard: ArrayLike  # GUARD
+    _float_guard: ArrayLike  # FLOAT_GUARD
 
     def __init__(
         self,
         indices: ArrayLike,
         values: ArrayLike,
         *,
-        _guard: ArrayLike = np.int32(GUARD),  # noqa: B008
         _scale: ArrayLike | None = None,
+        _guard: ArrayLike = GUARD,
+        _float_guard: ArrayLike = FLOAT_GUARD,
     ):
-        self.indices, self._values, self._guard, self._scale = indices, values, _guard, _scale
+        self.indices, self._values, self._scale = indices, values, _scale
+        self._guard, self._float_guard = _guard, _float_guard
 
     @property
     def values(self) -> ArrayLike:
-        return self._values if self._scale is None else jnp.asarray(self._scale)[:, None] * self._values
+        return self._values if self._scale is None else jnp.asarray(self._scale)[..., None] * self._values
 
     def tree_flatten_with_keys(self):
-        names = 'indices', '_values', '_guard', '_scale'
-        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], None
+        """Lists the leaves with their names. @private"""
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES], None
 
     @classmethod
     def tree_unflatten(cls, _, leaves):
-        indices, values, guard, scale = leaves
-        return cls(indices, values, _guard=guard, _scale=scale)
+        """Restores rows from their leaves. @private"""
+        indices, values, *others = leaves
+        return cls(indices, values, **dict(zip(LEAVES[2:], others, strict=True)))
 
     # Without it a NumPy table would add the rows elementwise by itself.
     __array_ufunc__ = None
@@ -82,7 +95,7 @@ class RowUpdates:
         if not isinstance(table, (jax.Array, np.ndarray)):
             return NotImplemented
         table = check_table(table, 'the table')
-        index, values, scale = replicate(resolve(self, table))
+        index, values, scale = replicate(resolve_for_scatter(self, table))
         if compute_dtype(table.dtype) != table.dtype:
             # In a narrow dtype each addition rounds: sum the rows of a class in float32 and round once.
             unique, sums = unique_sums(index, values, scale)
@@ -96,13 +109,14 @@ class RowUpdates:
 def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     """Joins the rows of several passes over one table into one update.
 
-    `center_update` then counts the examples of a class over all of them, as if they had been one batch.
+    `center_update` then counts the examples of a class over all of them, as if they had been one batch. The passes can
+    be arguments, or rows that `jax.lax.scan` or `jax.vmap` has stacked along leading axes.
 
     Args:
-      *rows: RowUpdates of `[N_k, D]` with one D.
+      *rows: RowUpdates of `[..., N_k, D]` with one D.
 
     Returns:
-      RowUpdates of the sum of N_k rows.
+      RowUpdates of all rows in order, indices `[N]` and values `[N, D]`.
 
     Raises:
       TypeError: if an argument is not RowUpdates, or its rows were scaled or averaged.
@@ -117,42 +131,63 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     """
     if not rows:
         raise ValueError('concatenate_rows needs at least one RowUpdates')
-    parts = [resolve(part) for part in rows]
-    widths = sorted({values.shape[1] for _, values, _ in parts})
+    parts = [_resolve_stacked(part, DROPPED) for part in rows]
+    widths = sorted({values.shape[-1] for _, values, _ in parts})
     if len(widths) > 1:
         raise ValueError(f'rows must belong to one table, got values of {widths} features')
+    parts = [(index.reshape(-1), values.reshape(-1, widths[0]), scale.reshape(-1)) for index, values, scale in parts]
     index, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return RowUpdates(index, values, _scale=None if all(part._scale is None for part in rows) else scale)
+
+
+def resolve_for_scatter(rows: RowUpdates, table: Array | None) -> tuple[Array, Array, Array]:
+    """Returns what `resolve` returns, with DROPPED in place of IGNORED: a negative index would wrap around."""
+    index, values, scale = resolve(rows, table)
+    return jnp.where(index == IGNORED, DROPPED, index), values, scale
 
 
 def resolve(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array, Array]:
     """Checks rows and returns their index, values in float32 or wider, and scale.
 
     The index is int32 `[N]`: a row of the table, IGNORED, or DROPPED where it is beyond the table or arithmetic has
-    changed it.
+    changed the rows.
     """
+    index, values, scale = _resolve_stacked(rows, DROPPED if table is None else table.shape[0])
+    if index.ndim != 1:
+        raise ValueError(
+            f'RowUpdates must have indices [N] and values [N, D], got {list(index.shape)} and {list(values.shape)}; '
+            'join stacked rows by concatenate_rows'
+        )
+    if table is not None and values.shape[1] != table.shape[1]:
+        raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
+    return index, values, scale
+
+
+def _resolve_stacked(rows: RowUpdates, num_rows: int) -> tuple[Array, Array, Array]:
+    """Returns index `[..., N]`, values `[..., N, D]` and scale `[..., N]`, with whatever axes are stacked."""
     if not isinstance(rows, RowUpdates):
         raise TypeError(f'expected RowUpdates, as center_rows returns, got {type(rows).__name__}')
+    # A NumPy index is compared before JAX without x64 folds it to 32 bits.
     indices = rows.indices if isinstance(rows.indices, np.ndarray) else jnp.asarray(rows.indices)
-    values, guard = jnp.asarray(rows._values), jnp.asarray(rows._guard)
-    if not jnp.issubdtype(indices.dtype, jnp.integer) or not jnp.issubdtype(guard.dtype, jnp.integer):
+    values, guard, float_guard = (jnp.asarray(a) for a in (rows._values, rows._guard, rows._float_guard))
+    integers = jnp.issubdtype(indices.dtype, jnp.integer) and jnp.issubdtype(guard.dtype, jnp.integer)
+    if not integers or float_guard.dtype != FLOAT_GUARD.dtype:
         raise TypeError(
-            f'the indices of RowUpdates must be integers, got {type_name(indices)}: rows are not gradients, and these '
-            'were averaged or scaled as if they were. Keep them out of pmean, clipping, scaling and accumulation: put '
-            'such transforms inside, with_centers(optax.chain(clip, adam)), and reduce the gradients of params alone'
+            f'RowUpdates were averaged, scaled or cast as if they were gradients: the indices are {type_name(indices)} '
+            f'and a constant of float32 is {float_guard.dtype.name}. Keep them out of pmean, clipping, scaling and '
+            'accumulation: put such transforms inside, with_centers(optax.chain(clip, adam)), and reduce the gradients '
+            'of params alone'
         )
-    if indices.ndim != 1 or values.ndim != 2 or indices.shape[0] != values.shape[0]:
+    if indices.ndim < 1 or values.shape[:-1] != indices.shape:
         raise ValueError(
             f'RowUpdates must have indices [N] and values [N, D], got {list(indices.shape)} and {list(values.shape)}'
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f'the values of RowUpdates must be floating point, got {type_name(values)}')
-    num_rows = DROPPED
-    if table is not None:
-        num_rows, width = table.shape
-        if values.shape[1] != width:
-            raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
-    index = jnp.where(guard == GUARD, jnp.asarray(row_index(indices, num_rows)), DROPPED)
+    far, near = FLOAT_GUARD[0]
+    floats_unchanged = (float_guard[..., 0] == far) & (float_guard[..., 1] == near)
+    unchanged = (guard == GUARD[0]).all(-1) & floats_unchanged.all(-1)
+    index = jnp.where(unchanged[..., None], jnp.asarray(row_index(indices, num_rows)), DROPPED)
     values = values.astype(compute_dtype(values.dtype))
     scale = jnp.ones(index.shape, values.dtype) if rows._scale is None else jnp.asarray(rows._scale)
     return index, values, scale

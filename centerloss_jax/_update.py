@@ -8,9 +8,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from centerloss_jax._inputs import DROPPED, IGNORED, AxisName, check_alpha, check_axis_name, row_index, type_name
+from centerloss_jax._inputs import DROPPED, IGNORED, AxisName, check_alpha, check_axis_name, type_name
 from centerloss_jax._kernels import class_sizes, class_sums, squared_norm_of_sums, squared_norms
-from centerloss_jax._rows import RowUpdates, resolve
+from centerloss_jax._rows import RowUpdates, resolve, resolve_for_scatter
 from centerloss_jax._sharding import gather_devices, replicate
 
 Alpha = float | Array | optax.Schedule
@@ -121,8 +121,8 @@ def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName
     index = jnp.where((index != IGNORED) & finite, index, DROPPED)
 
     # The index as `table + rows` computes it again, so that XLA sorts it once.
+    row, _, _ = resolve_for_scatter(RowUpdates(index, values), table)
     num_classes = None if table is None else table.shape[0]
-    row = row_index(index, DROPPED if num_classes is None else num_classes)
     n = class_sizes(row, num_classes).astype(values.dtype)
     factor = jnp.where(index == DROPPED, 0, -jnp.asarray(alpha, values.dtype) / (1 + n))
     scale = factor * scale  # -alpha (c - x) / (1 + n), before the sum, so that many large rows stay finite

@@ -196,6 +196,6 @@ class ShapesTest(chex.TestCase):
         )
         assert isinstance(updates['centers'], clj.RowUpdates)
         chex.assert_shape(updates['params']['kernel'], (4, 6))
-        chex.assert_shape([updates['centers'].indices, updates['centers'].values], [(7,), (7, 3)])
+        chex.assert_shape([updates['centers'].indices, updates['centers'].values], [(5,), (5, 3)])
         chex.assert_type([updates['centers'].indices, updates['centers'].values], [jnp.int32, jnp.float32])
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)

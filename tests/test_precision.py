@@ -131,10 +131,10 @@ def test_a_feature_that_is_not_finite_never_reaches_a_center(content):
     assert state.dropped == 2
 
 
-def test_features_near_the_largest_number_move_their_center_finitely():
-    x, centers = np.full((4, 2), 3e38, np.float32), jnp.zeros((3, 2))
+def test_features_whose_squared_norm_is_just_finite_move_their_center_finitely():
+    x, centers = np.full((4, 2), 1.3e19, np.float32), jnp.zeros((3, 2))
     moved, state = move(centers, clj.center_rows(x, centers, [1, 1, 1, 1]))
-    np.testing.assert_allclose(moved[1], np.full(2, 3e38 * 0.5 * 4 / 5), rtol=1e-6)
+    np.testing.assert_allclose(moved[1], np.full(2, 1.3e19 * 0.5 * 4 / 5), rtol=1e-6)
     assert state.dropped == 0
 
 
