@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -79,9 +80,17 @@ def row_index(integers: HostOrDevice, num_rows: int) -> HostOrDevice:
     """Narrows integers to int32: IGNORED where they are negative, DROPPED where they are num_rows or more."""
     xp = np if isinstance(integers, np.ndarray) else jnp
     largest = jnp.iinfo(integers.dtype).max
-    in_table = integers < num_rows if num_rows <= largest else xp.ones_like(integers, dtype=bool)
+    in_table = integers < num_rows if at_most(num_rows, largest) else xp.ones_like(integers, dtype=bool)
     narrow = xp.where(in_table, integers, xp.zeros_like(integers)).astype(np.int32)
     return xp.where(integers < 0, np.int32(IGNORED), xp.where(in_table, narrow, np.int32(DROPPED)))
+
+
+def at_most(number: Any, limit: Any) -> bool:
+    """Returns whether number <= limit is known. It is not for None, nor for some symbolic sizes of `jax.export`."""
+    try:
+        return number is not None and bool(number <= limit)
+    except jax.core.InconclusiveDimensionOperation:
+        return False
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -93,15 +102,15 @@ def check_table(centers: ArrayLike, name: str = 'centers') -> Array:
     centers = _check_floating(centers, name)
     if centers.ndim != 2 or 0 in centers.shape:
         raise ValueError(f'{name} must have shape [C, D] with C and D at least 1, got {list(centers.shape)}')
-    if centers.shape[0] >= DROPPED:
+    if at_most(DROPPED, centers.shape[0]):
         raise ValueError(f'{name} must have fewer than {DROPPED} rows, got {centers.shape[0]}')
     return centers
 
 
 def check_features(x: ArrayLike, num_features: int | None = None) -> Array:
     x = _check_floating(x, 'x')
-    if x.ndim < 1 or (num_features is not None and x.shape[-1] != num_features):
-        expected = 'D' if num_features is None else f'D={num_features} as the centers have'
+    if x.ndim < 1 or x.shape[-1] == 0 or (num_features is not None and x.shape[-1] != num_features):
+        expected = 'D at least 1' if num_features is None else f'D={num_features} as the centers have'
         raise ValueError(f'x must have shape [..., D] with {expected}, got {list(x.shape)}')
     return x
 
@@ -143,7 +152,7 @@ def check_axis_name(axis_name: AxisName | None) -> None:
 def check_alpha(alpha: Any) -> None:
     if callable(alpha):
         return
-    if jnp.ndim(alpha) != 0 or isinstance(alpha, str):
+    if alpha is None or isinstance(alpha, str) or jnp.ndim(alpha) != 0:
         raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
     if not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
@@ -151,7 +160,8 @@ def check_alpha(alpha: Any) -> None:
 
 def compute_dtype(*dtypes: np.dtype) -> np.dtype:
     """Returns the dtype of a computation on these dtypes: their common one, and float32 at least."""
-    return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+    with jax.numpy_dtype_promotion('standard'):  # an explicit choice, which 'strict' would refuse
+        return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
 def type_name(a: HostOrDevice) -> str:
@@ -161,6 +171,8 @@ def type_name(a: HostOrDevice) -> str:
 
 def _as_integers(labels: ArrayLike | Sequence) -> HostOrDevice:
     """Checks the dtype. NumPy and Python labels stay NumPy's, since JAX without x64 would fold them to 32 bits."""
+    if isinstance(labels, (list, tuple)) and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(labels)):
+        labels = jnp.asarray(labels)
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels, dtype=np.int32 if np.size(labels) == 0 and isinstance(labels, list) else None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -197,7 +209,16 @@ def _check_floating(a: ArrayLike, name: str) -> Array:
         raise TypeError(f'{name} must be a floating point array, got {type(a).__name__}: {error}') from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f'{name} must be floating point, got {type_name(array)}; cast it with {name}.astype(...)')
+    if array.dtype.itemsize < 2:
+        raise TypeError(f'{name} must be float16 or wider, got {type_name(array)}; cast it with {name}.astype(...)')
     return array
+
+
+def check_initial_centers(centers: Array, num_classes: int, num_features: int) -> Array:
+    shape = jnp.shape(meta.unbox(centers))
+    if shape != (num_classes, num_features):
+        raise ValueError(f'centers_init must return centers [{num_classes}, {num_features}], got {list(shape)}')
+    return centers
 
 
 def _is_concrete(a: HostOrDevice) -> bool:

@@ -225,5 +225,5 @@ def _origin(centers: Array, dtype: DTypeLike) -> Array:
     few = centers[:: -(-centers.shape[0] // 64)].astype(dtype)
     finite = jnp.isfinite(few).all(axis=-1, keepdims=True)
     ordered = jnp.sort(jnp.where(finite, few, jnp.inf), axis=0)
-    middle = ordered[finite.sum() // 2 - (finite.sum() > 0)]
-    return jnp.where(jnp.isfinite(middle), middle, 0)[None]
+    middle = ordered[jnp.maximum(finite.sum() // 2 - 1, 0)][None]
+    return jnp.where(jnp.isfinite(middle), middle, 0)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, export
 from jax.typing import ArrayLike
 
 from centerloss_jax._inputs import DROPPED, IGNORED, check_table, compute_dtype, row_index, type_name
@@ -106,6 +106,14 @@ class RowUpdates:
         return add_class_sums(table, index, values, scale)
 
 
+export.register_pytree_node_serialization(
+    RowUpdates,
+    serialized_name='centerloss_jax.RowUpdates',
+    serialize_auxdata=lambda _: b'',
+    deserialize_auxdata=lambda _: None,
+)
+
+
 def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     """Joins the rows of several passes over one table into one update.
 
@@ -131,7 +139,7 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     """
     if not rows:
         raise ValueError('concatenate_rows needs at least one RowUpdates')
-    parts = [_resolve_stacked(part, DROPPED) for part in rows]
+    parts = [replicate(_resolve_stacked(part, DROPPED)) for part in rows]  # layouts may differ on Explicit axes
     widths = sorted({values.shape[-1] for _, values, _ in parts})
     if len(widths) > 1:
         raise ValueError(f'rows must belong to one table, got values of {widths} features')

@@ -20,6 +20,7 @@ from centerloss_jax._inputs import (
     class_index,
     compute_dtype,
 )
+from centerloss_jax._kernels import index_of_part
 from centerloss_jax._sharding import on_auto_axes
 
 
@@ -47,22 +48,32 @@ class ClassStatistics:
 
     @property
     def intra(self) -> Array:
-        r"""The within-class variance :math:`\frac{1}{N} \sum_i |x_i - \mu_{y_i}|^2`, a scalar; NaN where N = 0."""
-        return self.squared_deviation.sum() / self.count.sum()
+        r"""The within-class variance :math:`\frac{1}{N - K} \sum_i |x_i - \mu_{y_i}|^2`, a scalar.
+
+        K is the number of classes that occur. With N examples the sum has N - K degrees of freedom, so the estimate is
+        unbiased however few examples a class has. It is NaN where N = K.
+        """
+        num_present = jnp.sum(self.count > 0, dtype=jnp.int32).astype(self.mean.dtype)
+        freedom = self._num_examples() - num_present
+        return jnp.where(freedom > 0, self.squared_deviation.sum() / jnp.maximum(freedom, 1), jnp.nan)
 
     @property
     def inter(self) -> Array:
         r"""The between-class variance :math:`\frac{1}{N} \sum_j n_j |\mu_j - \mu|^2`, a scalar; NaN where N = 0."""
-        share = (self.count.astype(self.mean.dtype) / self.count.sum())[:, None]
+        share = (self.count.astype(self.mean.dtype) / self._num_examples())[:, None]
         # Relative to a first estimate, since the mean of means of norm 1e4 is itself rounded.
-        origin = jnp.sum(share * self.mean, axis=0)
+        origin = jnp.sum(share * self.mean, axis=0, keepdims=True)
         offset = self.mean - origin
-        return jnp.sum(share * jnp.square(offset - jnp.sum(share * offset, axis=0)))
+        return jnp.sum(share * jnp.square(offset - jnp.sum(share * offset, axis=0, keepdims=True)))
 
     @property
     def ratio(self) -> Array:
         """The ratio `intra / inter`, a scalar without unit; small where classes are well separated. NaN for 0 / 0."""
         return self.intra / self.inter
+
+    def _num_examples(self) -> Array:
+        """Returns N in floating point, since int32 would overflow where each class alone does not."""
+        return self.count.astype(self.mean.dtype).sum()
 
     def merge(self, other: 'ClassStatistics') -> 'ClassStatistics':
         """Returns the statistics of both sets of examples together, by the parallel form of Welford's algorithm.
@@ -92,9 +103,10 @@ class ClassStatistics:
                 f'other must have the means of as many classes and features, {list(self.mean.shape)}, '
                 f'got {list(other.mean.shape)}'
             )
-        count = self.count + other.count
+        largest = jnp.iinfo(self.count.dtype).max
+        count = jnp.where(self.count > largest - other.count, largest, self.count + other.count)
         dtype = jnp.promote_types(self.mean.dtype, other.mean.dtype)
-        share = other.count.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
+        share = other.count.astype(dtype) / jnp.maximum(self.count.astype(dtype) + other.count.astype(dtype), 1)
         gap = other.mean - self.mean
         between = self.count.astype(dtype) * share * jnp.sum(jnp.square(gap), axis=-1)
         return ClassStatistics(
@@ -114,8 +126,10 @@ def class_statistics(
 ) -> ClassStatistics:
     r"""Returns counts, means and scatter of features by class, and the intra-class to inter-class variance ratio.
 
-    .. math:: \text{intra} = \frac{1}{N} \sum_i |x_i - \mu_{y_i}|^2, \qquad
+    .. math:: \text{intra} = \frac{1}{N - K} \sum_i |x_i - \mu_{y_i}|^2, \qquad
               \text{inter} = \frac{1}{N} \sum_j n_j |\mu_j - \mu|^2
+
+    with N examples and K classes that occur.
 
     The absolute center loss grows with the features; this ratio does not. The class means are also good centers to
     start from under a pretrained network.
@@ -143,7 +157,7 @@ def class_statistics(
       >>> x = jnp.array([[0.0], [2.0], [9.0], [11.0]])
       >>> statistics = clj.class_statistics(x, jnp.array([0, 0, 1, 1]), num_classes=2)
       >>> statistics.mean.tolist(), statistics.intra.item(), statistics.inter.item()
-      ([[1.0], [10.0]], 1.0, 20.25)
+      ([[1.0], [10.0]], 2.0, 20.25)
 
     References:
       Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936, for the ratio.
@@ -159,12 +173,13 @@ def class_statistics(
 def _by_class(x: Array, index: Array, num_classes: int, axis_name: AxisName | None) -> ClassStatistics:
     index = index.reshape(-1)
     valid = (index != IGNORED) & (index != DROPPED)
+    part_index, parts = index_of_part(jnp.where(valid, index, DROPPED), num_classes)
     index = jnp.where(valid, index, 0)
     x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(compute_dtype(x.dtype)), 0)
 
     def sums(values: Array) -> Array:
-        mask = valid.reshape(-1, *[1] * (values.ndim - 1))
-        total = jax.ops.segment_sum(jnp.where(mask, values, 0), index, num_classes)
+        total = jax.ops.segment_sum(values, part_index, parts * num_classes)  # drops DROPPED
+        total = total.reshape(parts, num_classes, *values.shape[1:]).sum(axis=0)
         return total if axis_name is None else jax.lax.psum(total, axis_name)
 
     count = sums(jnp.ones_like(index))

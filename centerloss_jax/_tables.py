@@ -1,13 +1,15 @@
 """The host side of a table: laid out over a mesh by rows, back on the host, and checked for equal replicas."""
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -121,9 +123,12 @@ def check_replicas(tree: Any, *, stacked: bool = False) -> None:
       ValueError: ['centers'] is not the same on all devices: replicas 1 differ from replica 0. Pass axis_name= ...
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path) or 'tree'
+        if isinstance(leaf, Tracer):
+            raise TypeError(f'check_replicas reads values, but {name} is traced: call it outside of jax.jit')
         leaf = jnp.asarray(leaf)
-        if stacked and not leaf.ndim:
-            raise ValueError(f'stacked=True, but {jax.tree_util.keystr(path)} is a number and has no axis of devices')
+        if stacked and (not leaf.ndim or not len(leaf)):
+            raise ValueError(f'stacked=True asks for a first axis of devices, but {name} has shape {list(leaf.shape)}')
         shards = ['all'] * len(leaf) if stacked else _shard_of_each_device(leaf)
         checksums = _gather_processes(_checksums(leaf) if stacked else _checksum_by_device(leaf))
         shards *= len(checksums) // len(shards)  # once for each process, if each has an array of its own
@@ -131,7 +136,7 @@ def check_replicas(tree: Any, *, stacked: bool = False) -> None:
         others = [n for n, shard in enumerate(shards) if checksums[first.setdefault(shard, n)] != checksums[n]]
         if others:
             raise ValueError(
-                f'{jax.tree_util.keystr(path)} is not the same on all devices: replicas {", ".join(map(str, others))} '
+                f'{name} is not the same on all devices: replicas {", ".join(map(str, others))} '
                 f'differ from replica {first[shards[others[0]]]}. Pass axis_name= to with_centers or center_update and '
                 'to the loss, and reduce the gradients of the parameters by jax.lax.pmean'
             )
@@ -154,9 +159,14 @@ def _checksum_by_device(leaf: Array) -> Array:
     """Returns the checksum of the shard that each device holds, in the order of the mesh."""
     if not isinstance(leaf.sharding, NamedSharding):
         return _checksums(leaf[None])
-    mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+    return _compiled_checksum(leaf.sharding.mesh, leaf.sharding.spec)(leaf)
+
+
+@cache
+def _compiled_checksum(mesh: Any, spec: P) -> Callable[[Array], Array]:
+    """Returns one function for each layout, so that JAX compiles once for each shape."""
     by_device = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names), check_vma=False)
-    return jax.jit(by_device(_checksum))(leaf)
+    return jax.jit(by_device(_checksum))
 
 
 def _gather_processes(checksums: Array) -> list[int]:
@@ -175,8 +185,8 @@ def _checksums(a: Array) -> Array:
     """Returns a checksum of the bits of each entry of the first axis, uint32 `[n]`."""
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a = jax.random.key_data(a)
-    if a.dtype == bool:
-        a = a.astype(jnp.uint8)
+    if a.dtype == bool or (jnp.issubdtype(a.dtype, jnp.integer) and jnp.iinfo(a.dtype).bits < 8):
+        a = a.astype(jnp.int8)
     if jnp.iscomplexobj(a):
         a = jnp.stack([a.real, a.imag], axis=-1)
     if not a.size:
@@ -184,13 +194,13 @@ def _checksums(a: Array) -> Array:
     a = a.reshape(a.shape[0], a.shape[1] if a.ndim > 1 else 1, -1)
     _, rows, columns = a.shape
     block = min(rows, max(1, BLOCK // columns))
-    column = jnp.arange(columns, dtype=jnp.uint32)
+    column = jnp.arange(columns, dtype=jnp.uint32)[None, None]
 
     # In blocks, since XLA would write the mixed bits of the whole table before it adds them.
     def add(i: Array, total: Array) -> Array:
         start = jnp.minimum(i * block, rows - block)  # the last block is whole too, and counts what is new in it
         bits = _bits(jax.lax.dynamic_slice_in_dim(a, start, block, axis=1))
-        row = start + jnp.arange(block)[:, None]
+        row = start + jnp.arange(block, dtype=jnp.int32)[None, :, None]
         bits = _mixed(_mixed(bits + row.astype(jnp.uint32)) + column)
         return total + jnp.where(row >= i * block, bits, 0).sum(axis=(1, 2), dtype=jnp.uint32)
 

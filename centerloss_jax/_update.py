@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from flax.core import meta
+from jax import Array, export
 from jax.sharding import Mesh
 
-from centerloss_jax._inputs import DROPPED, IGNORED, AxisName, check_alpha, check_axis_name, type_name
+from centerloss_jax._inputs import DROPPED, IGNORED, AxisName, at_most, check_alpha, check_axis_name, type_name
 from centerloss_jax._kernels import class_sizes, class_sums, squared_norm_of_sums, squared_norms
 from centerloss_jax._rows import RowUpdates, resolve, resolve_for_scatter
 from centerloss_jax._sharding import gather_devices, replicate
@@ -37,6 +38,9 @@ class CenterUpdateState(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name
     dropped: Array
     step_norm: Array
+
+
+export.register_namedtuple_serialization(CenterUpdateState, serialized_name='centerloss_jax.CenterUpdateState')
 
 
 def center_update(
@@ -96,9 +100,11 @@ def center_update(
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, RowUpdates))
         _check_rows(leaves)
         step = alpha(state.count) if callable(alpha) else alpha
-        tables = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
+        boxes = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
+        tables = meta.unbox(boxes)  # a table may be boxed with the names of its axes, as by nn.with_partitioning
         moves = [_move(rows, table, step, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]
         rows, dropped, squared_norm = zip(*moves, strict=True)
+        rows = [_in_box(box, update) for box, update in zip(boxes, rows, strict=True)]
         return treedef.unflatten(rows), CenterUpdateState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             dropped=state.dropped + sum(dropped),
@@ -127,11 +133,15 @@ def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName
     factor = jnp.where(index == DROPPED, 0, -jnp.asarray(alpha, values.dtype) / (1 + n))
     scale = factor * scale  # -alpha (c - x) / (1 + n), before the sum, so that many large rows stay finite
 
-    if num_classes is not None and num_classes <= index.size:
+    if at_most(num_classes, index.size):
         unique, sums = class_sums(row, values, scale, num_classes)
         return RowUpdates(unique, sums), dropped, jnp.sum(jnp.square(sums))
     squared_norm = squared_norm_of_sums(row, values, scale, jnp.square(factor) * norms, num_classes)
     return RowUpdates(index, values, _scale=scale), dropped, squared_norm
+
+
+def _in_box(box: Any, rows: RowUpdates) -> Any:
+    return box.replace_boxed(rows) if isinstance(box, meta.AxisMetadata) else rows
 
 
 def _check_rows(leaves: list[Any]) -> None:

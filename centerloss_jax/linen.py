@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from centerloss_jax._inputs import AxisName, ReduceFn
+from centerloss_jax._inputs import AxisName, ReduceFn, check_initial_centers, check_num_classes
 from centerloss_jax._loss import center_loss_and_rows
 from centerloss_jax._rows import RowUpdates
 
@@ -74,5 +74,7 @@ class CenterLoss(nn.Module):
         )
 
     def _init_centers(self, num_features: int) -> Array:
+        check_num_classes(self.num_classes)
         centers_init = self.centers_init or nn.initializers.zeros
-        return centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)
+        centers = centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)
+        return check_initial_centers(centers, self.num_classes, num_features)

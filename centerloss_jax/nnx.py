@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from centerloss_jax._inputs import AxisName, ReduceFn
+from centerloss_jax._inputs import AxisName, ReduceFn, check_initial_centers
 from centerloss_jax._loss import center_loss_and_rows
 from centerloss_jax._rows import RowUpdates
 
@@ -25,6 +25,10 @@ class Centers(nnx.Variable):
       >>> nnx.state(center, clj.nnx.Centers)['centers'][...].shape
       (3, 2)
     """
+
+
+# A Linen model that nnx.bridge.ToNNX wraps has its table in a variable of this type too.
+nnx.register_variable_name('centers', Centers)
 
 
 class CenterLoss(nnx.Module):
@@ -78,7 +82,8 @@ class CenterLoss(nnx.Module):
     ):
         if num_classes < 1 or num_features < 1:
             raise ValueError(f'num_classes and num_features must be at least 1, got {num_classes} and {num_features}')
-        self.centers = Centers(centers_init(rngs.params(), (num_classes, num_features), dtype))
+        centers = centers_init(rngs.params(), (num_classes, num_features), dtype)
+        self.centers = Centers(check_initial_centers(centers, num_classes, num_features))
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ import pytest
 from updates import move
 
 import centerloss_jax as clj
-from centerloss_jax import _kernels
+from centerloss_jax._kernels import platform
 
 FEATURES = 16
 SIZES = [200, 1024, 1345]  # of few rows all pairs are compared
@@ -27,7 +27,7 @@ def way(request, monkeypatch):
     def by_platform(*args, **ways):
         return ways.get(request.param, ways['default'])(*args)
 
-    monkeypatch.setattr(_kernels, 'by_platform', by_platform)
+    monkeypatch.setattr(platform, 'by_platform', by_platform)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()

@@ -1,0 +1,163 @@
+"""Sums of the rows of each class, returned or added to a table."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from centerloss_jax._inputs import DROPPED, at_most
+from centerloss_jax._kernels import platform
+from centerloss_jax._kernels.groups import (
+    ROWS_AT_A_TIME,
+    class_sizes,
+    counts_of_classes,
+    group_sizes,
+    index_of_part,
+    sizes_and_first,
+    sorted_groups,
+)
+from centerloss_jax._kernels.platform import max_over_vmapped_axis
+from centerloss_jax._sharding import add_rows, take_rows, vary_as
+
+
+@functools.partial(jax.jit, static_argnames='num_classes')
+def class_sums(index: Array, values: Array, scale: Array, num_classes: int) -> tuple[Array, Array]:
+    """Returns each class, or DROPPED where it has no row, with the sum of its rows: `[C]` and `[C, D]`.
+
+    sums = jax.ops.segment_sum(scale[:, None] * values, index, num_classes)
+    return jnp.where(jnp.isin(jnp.arange(num_classes), index), jnp.arange(num_classes), DROPPED), sums
+    """
+    present = counts_of_classes(index, num_classes) > 0
+    unique = jnp.where(present, jnp.arange(num_classes, dtype=jnp.int32), DROPPED)
+    return unique, _class_sums(index, values, scale, num_classes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _class_sums(index: Array, values: Array, scale: Array, num_classes: int) -> Array:
+    index, parts = index_of_part(index, num_classes)
+    zeros = jnp.zeros((parts * num_classes, values.shape[1]), values.dtype)
+    # XLA would see that a table of one class is added to, and add each row to the table.
+    sums = jax.lax.optimization_barrier(_add_scaled_rows(zeros, index, values, scale, unique=False))
+    return sums if parts == 1 else sums.reshape(parts, num_classes, -1).sum(axis=0)
+
+
+@_class_sums.defjvp
+def _class_sums_jvp(num_classes, primals, tangents):
+    (index, values, scale), (_, values_dot, scale_dot) = primals, tangents
+    rows_dot = scale[:, None] * values_dot + scale_dot[:, None] * values
+    zeros = jnp.zeros((num_classes, values.shape[1]), values.dtype)
+    return _class_sums(index, values, scale, num_classes), add_rows(zeros, index, rows_dot)
+
+
+@jax.custom_jvp
+@jax.jit
+def add_class_sums(table: Array, index: Array, values: Array, scale: Array) -> Array:
+    """Returns the table with the sum of the rows of each class added to its row, and rounded once.
+
+    table.at[index].add(scale[:, None] * values, mode='drop')
+    """
+    num_classes = table.shape[0]
+    if at_most(num_classes, index.size):
+        unique, sums = class_sums(index, values, scale, num_classes)
+        return add_rows(table, unique, sums.astype(table.dtype), unique=True)
+    repeated = class_sizes(index, num_classes) > 1
+    table = _add_scaled_rows(table, jnp.where(repeated, DROPPED, index), values, scale, unique=True)
+    return _add_repeated(table, index, values, scale, num_classes)[0]
+
+
+@add_class_sums.defjvp
+def _add_class_sums_jvp(primals, tangents):
+    # All rows at once, since a loop of unknown length has no reverse.
+    (_, index, values, scale), (table_dot, _, values_dot, scale_dot) = primals, tangents
+    rows_dot = scale[:, None] * values_dot + scale_dot[:, None] * values
+    return add_class_sums(*primals), add_rows(table_dot, index, rows_dot.astype(table_dot.dtype))
+
+
+@jax.jit
+def unique_sums(index: Array, values: Array, scale: Array) -> tuple[Array, Array]:
+    """Returns each index once, then DROPPED, with the sum of its rows: `[N]` and `[N, D]`.
+
+    unique = jnp.unique(index, size=N, fill_value=DROPPED)
+    return unique, jax.ops.segment_sum(scale[:, None] * values, jnp.searchsorted(unique, index), N)
+    """
+    order, index, group = sorted_groups(index)
+    # A dropped row may hold a NaN.
+    scaled = jnp.where((index < DROPPED)[:, None], scale[order][:, None] * take_rows(values, order), 0)
+    hints: Any = {'mode': 'promise_in_bounds', 'indices_are_sorted': True}
+    unique = jnp.full_like(index, DROPPED).at[group].set(index, **hints)
+    return unique, jnp.zeros_like(scaled).at[group].add(scaled, **hints)
+
+
+@functools.partial(jax.jit, static_argnames='num_classes')
+def squared_norm_of_sums(index: Array, values: Array, scale: Array, norms: Array, num_classes: int | None) -> Array:
+    """Returns the squared norm of what `add_class_sums` adds. norms `[N]` are `squared_norms(values, scale)`.
+
+    jnp.sum(unique_sums(index, values, scale)[1] ** 2)
+    """
+    if index.size == 0:
+        return jnp.zeros([], values.dtype)
+    sizes = class_sizes(index, num_classes)
+    of_single_rows = jnp.sum(jnp.where((sizes == 1) & (index < DROPPED), norms, 0))
+    scratch = jnp.zeros((1, values.shape[1]), values.dtype)
+    return of_single_rows + _add_repeated(scratch, index, values, scale, num_classes)[1]
+
+
+def _add_scaled_rows(table: Array, index: Array, values: Array, scale: Array, unique: bool) -> Array:
+    """Returns table.at[index].add(scale[:, None] * values, mode='drop'), rounded at each addition."""
+
+    def in_turn(table, index, values, scale):
+        def add_row(k, table):
+            return add_rows(table, index[k], (scale[k] * values[k]).astype(table.dtype))
+
+        return jax.lax.fori_loop(0, index.size, add_row, vary_as(table, index, values, scale))
+
+    def at_once(table, index, values, scale):
+        # Without the barrier XLA computes both again for each number of a row.
+        index, scale = jax.lax.optimization_barrier((index, scale))
+        return add_rows(table, index, (scale[:, None] * values).astype(table.dtype), unique)
+
+    return platform.by_platform(table, index, values, scale, cpu=in_turn, default=at_once)
+
+
+def _add_repeated(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
+    """Returns the table with the sums of the rows whose index is repeated, and the squared norm of these sums."""
+    at_once = functools.partial(_add_repeated_at_once, num_classes=num_classes)
+    return platform.by_platform(table, index, values, scale, cpu=_add_repeated_in_turn, default=at_once)
+
+
+def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Array) -> tuple[Array, Array]:
+    """Sums row by row, in the order in which the rows of a class are neighbours. No array grows with N * D."""
+    order, index, group = sorted_groups(index)
+    repeated = (group_sizes(group)[group] > 1) & (index < DROPPED)
+    slot = jnp.where(repeated, jnp.cumsum(repeated, dtype=jnp.int32) - 1, DROPPED)
+    order = jnp.zeros_like(order).at[slot].set(order, mode='drop')
+    index = jnp.full_like(index, DROPPED).at[slot].set(index, mode='drop')
+    last = index != jnp.append(index[1:], DROPPED)
+
+    def add_row(k, carry):
+        table, squares, total, part = carry
+        part += scale[order[k]] * values[order[k]]
+        whole = last[k] | (k % ROWS_AT_A_TIME == 0)
+        total, part = total + jnp.where(whole, part, 0), jnp.where(whole, 0, part)
+        table = add_rows(table, jnp.where(last[k], index[k], DROPPED), total.astype(table.dtype))
+        return table, squares + jnp.where(last[k], jnp.square(total), 0), jnp.where(last[k], 0, total), part
+
+    zeros = jnp.zeros(values.shape[1], values.dtype)
+    carry = tuple(vary_as(a, index, values, scale) for a in (table, zeros, zeros, zeros))
+    num_repeated = max_over_vmapped_axis(jnp.sum(repeated, dtype=jnp.int32))
+    table, squares, _, _ = jax.lax.fori_loop(0, num_repeated, add_row, carry)
+    return table, jnp.sum(squares)
+
+
+def _add_repeated_at_once(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
+    """Sums in an array of N/2 rows, as many as can be repeated."""
+    length = (index.size + 1) // 2
+    sizes, first = sizes_and_first(index, num_classes)
+    repeated = (sizes > 1) & (index < DROPPED)
+    number = jnp.cumsum(repeated & (first == jnp.arange(index.size)), dtype=jnp.int32) - 1
+    slot, scale = jax.lax.optimization_barrier((jnp.where(repeated, number[first], length), scale))
+    unique = jnp.full(length, DROPPED, index.dtype).at[slot].set(index, mode='drop')
+    sums = jnp.zeros((length, values.shape[1]), values.dtype).at[slot].add(scale[:, None] * values, mode='drop')
+    return add_rows(table, unique, sums.astype(table.dtype), unique=True), jnp.sum(jnp.square(sums))
