@@ -22,7 +22,7 @@ from centerloss_jax._inputs import (
 )
 from centerloss_jax._kernels import mean_square
 from centerloss_jax._rows import RowUpdates
-from centerloss_jax._sharding import take_rows
+from centerloss_jax._sharding import flatten, take_rows
 
 
 def center_loss(
@@ -233,5 +233,5 @@ def _drop_padding(centers: Array, index: Array) -> Array:
 
 def _as_rows(index: Array, difference: Array, scale: Array) -> RowUpdates:
     """Returns rows of scale * difference, which carry no gradient."""
-    values = jax.lax.stop_gradient(difference.reshape(-1, difference.shape[-1]))
-    return RowUpdates(index.reshape(-1), values, _scale=jnp.broadcast_to(scale, values.shape[:1]))
+    values = flatten(jax.lax.stop_gradient(difference), index.ndim)
+    return RowUpdates(flatten(index, index.ndim), values, _scale=jnp.broadcast_to(scale, values.shape[:1]))

@@ -141,8 +141,8 @@ def _compare_with_all(x: Array, centers: Array, block_size: int) -> Best:
         def add_feature(d, squares):
             return squares + jnp.square(x[:, d, None] - block.centers[None, :, d])
 
-        squares = jnp.where(finite, jnp.zeros([], x.dtype), jnp.inf)
-        squares = jax.lax.fori_loop(0, x.shape[1], add_feature, jnp.broadcast_to(squares, (x.shape[0], block_size)))
+        squares = jnp.broadcast_to(jnp.where(finite, jnp.zeros([], x.dtype), jnp.inf), (x.shape[0], block_size))
+        squares = jax.lax.fori_loop(0, x.shape[1], add_feature, vary_as(squares, x, centers))
         return _nearer(x, block, _first_of_least(squares), squares.min(axis=-1) < jnp.inf, best)
 
     best = Best(jnp.full(x.shape[0], IGNORED, jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype))

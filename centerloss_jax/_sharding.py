@@ -33,6 +33,14 @@ def set_rows(table: Array, index: Array, values: Array) -> Array:
     return table.at[index].set(values, mode='drop', out_sharding=_layout_of_table(table))
 
 
+def flatten(a: Array, num_axes: int) -> Array:
+    """Returns `a` with its first num_axes axes as one. On Explicit axes all but the first are replicated before."""
+    sharding = jax.typeof(a).sharding
+    if _has(AxisType.Explicit, sharding.mesh) and any(axis is not None for axis in sharding.spec[1:num_axes]):
+        a = jax.reshard(a, NamedSharding(sharding.mesh, P(sharding.spec[0])))
+    return a.reshape(-1, *a.shape[num_axes:])
+
+
 def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
     """Lays arrays out replicated on their own mesh, on `mesh`, or on the ambient mesh.
 

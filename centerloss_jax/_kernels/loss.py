@@ -20,9 +20,8 @@ def mean_square(x: Array, own_center: Array, counted: Array, valid: Array, count
     again for each use. Another lets an accelerator's compiler fuse the squares with the gradient. On two CPU cores that
     saves two fifths of a step of 16,384 examples.
     """
-    mask, dtype = valid[..., None], count.dtype
-    difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own_center.astype(dtype), 0)
-    gradient = platform.by_platform(difference * (2 / count), cpu=jax.lax.optimization_barrier, default=lambda a: a)
+    gradient = jnp.where(valid[..., None], _gradient(x, own_center, valid, count), 0)
+    gradient = platform.by_platform(gradient, cpu=jax.lax.optimization_barrier, default=lambda a: a)
     squares = squared_norms(gradient, jnp.broadcast_to(-count / 2, valid.shape))
     per_example = jax.lax.optimization_barrier(squares)
     return jnp.sum(jnp.where(counted & ~valid, jnp.nan, per_example)) / count, gradient
@@ -30,10 +29,19 @@ def mean_square(x: Array, own_center: Array, counted: Array, valid: Array, count
 
 @mean_square.defjvp
 def _mean_square_jvp(primals, tangents):
-    (_, _, _, valid, count), (x, own_center, _, _, _) = primals, tangents
-    loss, gradient = mean_square(*primals)
-    change = x.astype(count.dtype) - own_center.astype(count.dtype)
-    return (loss, gradient), (jnp.sum(gradient * change), jnp.where(valid[..., None], change, 0) * (2 / count))
+    (x, own_center, _, valid, count), (x_dot, own_center_dot, _, _, _) = primals, tangents
+    difference_dot = x_dot.astype(count.dtype) - own_center_dot.astype(count.dtype)
+    difference_dot = jnp.where(valid[..., None], difference_dot, 0)
+    # Its transpose is the expression above, so XLA computes the gradient once.
+    loss_dot = jnp.sum(_gradient(x, own_center, valid, count) * difference_dot)
+    return mean_square(*primals), (loss_dot, difference_dot * (2 / count))
+
+
+def _gradient(x: Array, own_center: Array, valid: Array, count: Array) -> Array:
+    """Returns 2 (x - c) / count. Both operands are masked, so that it is finite where an example is ignored."""
+    mask, dtype = valid[..., None], count.dtype
+    difference = jnp.where(mask, x.astype(dtype), 0) - jnp.where(mask, own_center.astype(dtype), 0)
+    return difference * (2 / count)
 
 
 def squared_norms(values: Array, scale: Array) -> Array:
