@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from problems import make_problem
-from steps import update
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem
+from tests.support.steps import update
 
 
 def trajectory(transform, steps=4, dtype: Any = np.float64) -> Any:

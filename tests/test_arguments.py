@@ -6,9 +6,9 @@ import chex
 import jax
 import numpy as np
 import pytest
-from problems import make_problem
 
 import centerloss_jax as clj
+from tests.support.problems import make_problem
 
 X, CENTERS, LABELS = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32), np.array([0, 2, 1, 0])
 

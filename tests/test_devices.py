@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from flax import jax_utils
 from jax import P
 from jax.sharding import AxisType
-from problems import make_problem
-from programs import collective_sizes
-from steps import center_state, linen_state, linen_step, make_batch, update
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem
+from tests.support.programs import collective_sizes
+from tests.support.steps import center_state, linen_state, linen_step, make_batch, update
 
 TRANSFORM = clj.center_update(0.5, axis_name='batch')
 

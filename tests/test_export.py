@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from steps import linen_state, linen_step, make_batch, nnx_pair, nnx_step, update
 
 import centerloss_jax as clj
+from tests.support.steps import linen_state, linen_step, make_batch, nnx_pair, nnx_step, update
 
 PLATFORMS = ['cuda', 'tpu']
 

@@ -11,13 +11,13 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from family import FAMILY, outcome
-from problems import make_problem
-from updates import move
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.family import FAMILY, outcome
+from tests.support.problems import make_problem
+from tests.support.steps import move
 
 over_family = pytest.mark.parametrize('member', FAMILY)
 

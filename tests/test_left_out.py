@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import make_problem
 
 import centerloss_jax as clj
+from tests.support.problems import make_problem
 
 
 def test_an_unlabelled_example_is_no_part_of_the_mean(worked_example):

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from flax import linen as nn
-from steps import center_state, linen_state, linen_step, linen_table, make_batch, update
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.steps import center_state, linen_state, linen_step, linen_table, make_batch, update
 
 both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
 

@@ -6,11 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from problems import make_problem
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem
 
 
 def data_parallel_step(batch, replicated):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from steps import linen_state, linen_step, nnx_pair, nnx_step
 
 import centerloss_jax as clj
+from tests.support.steps import linen_state, linen_step, nnx_pair, nnx_step
 
 MB = 1_000_000
 BIG = {'num_classes': 1_000_000, 'num_features': 64}

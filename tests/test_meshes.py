@@ -11,11 +11,11 @@ import optax
 import pytest
 from jax import P
 from jax.sharding import AxisType, NamedSharding
-from problems import make_problem
-from programs import collective_sizes, collectives_in_loops
-from steps import linen_state, linen_step, linen_table, make_batch
 
 import centerloss_jax as clj
+from tests.support.problems import make_problem
+from tests.support.programs import collective_sizes, collectives_in_loops
+from tests.support.steps import linen_state, linen_step, linen_table, make_batch
 
 # Far more classes than examples: a tiny table XLA may well choose to gather. No mesh divides their number.
 B, D, C = 64, 6, 100_003

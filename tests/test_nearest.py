@@ -8,11 +8,11 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from numpy.typing import DTypeLike
 
 import centerloss_jax as clj
+from tests.support import oracle
 
 
 def make_features(seed=0, leading=(7,), num_classes=11, num_features=3, dtype: DTypeLike = np.float32):

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from flax import nnx
-from steps import (
+
+import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.steps import (
     NnxModel,
     center_state,
     jit_nnx_step,
@@ -21,8 +23,6 @@ from steps import (
     nnx_step,
     nnx_table,
 )
-
-import centerloss_jax as clj
 
 both_modes = pytest.mark.parametrize('graph', [True, False], ids=['graph', 'tree'])
 both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])

@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from steps import NnxModel, jit_nnx_step, make_batch, nnx_arrays, nnx_pair, nnx_table, softmax_loss
 
 import centerloss_jax as clj
+from tests.support.steps import NnxModel, jit_nnx_step, make_batch, nnx_arrays, nnx_pair, nnx_table, softmax_loss
 
 both_modes = pytest.mark.parametrize('graph', [True, False], ids=['graph', 'tree'])
 

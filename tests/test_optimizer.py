@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from flax import nnx
 from flax.core import FrozenDict, freeze
 from flax.training.train_state import TrainState
-from problems import make_problem
-from steps import center_state, update
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem
+from tests.support.steps import center_state, update
 
 X, CENTERS, LABELS, _ = make_problem(dtype=np.float32)
 ROWS = clj.center_rows(X, CENTERS, LABELS)

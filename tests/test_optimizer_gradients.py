@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from problems import make_problem
-from steps import center_state, update
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem
+from tests.support.steps import center_state, update
 
 X, CENTERS, LABELS, _ = make_problem(leading=(4,), num_classes=17, dtype=np.float32)
 LABELS = np.array([3, 7, 7, -1])

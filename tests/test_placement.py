@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
-from tests import oracle
-from tests.programs import collective_sizes
+from tests.support import oracle
+from tests.support.programs import collective_sizes
 
 TABLES = [P(), P('classes', None), P('data', None), P(('data', 'classes'), None)]
 

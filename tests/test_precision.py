@@ -8,12 +8,12 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from problems import make_problem
-from updates import move
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem
+from tests.support.steps import move
 
 
 def test_close_vectors_of_large_norm_keep_their_digits():

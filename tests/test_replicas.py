@@ -10,11 +10,11 @@ import optax
 import pytest
 from jax import P
 from jax.sharding import AxisType, NamedSharding
-from problems import make_problem
-from steps import update
 
 import centerloss_jax as clj
 from centerloss_jax import _replicas
+from tests.support.problems import make_problem
+from tests.support.steps import update
 
 
 def step(axis_name):

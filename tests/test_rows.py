@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from problems import make_problem, problems
-from updates import move
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem, problems
+from tests.support.steps import move
 
 TABLE = np.random.default_rng(0).normal(1, 2, (17, 3)).astype(np.float32)
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from updates import move
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.steps import move
 
 FEATURES = 16
 SIZES = [200, 1024, 1345]  # of few rows all pairs are compared

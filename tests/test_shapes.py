@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from absl.testing import parameterized
 from flax import nnx
-from problems import make_problem
 
 import centerloss_jax as clj
+from tests.support.problems import make_problem
 
 # Any, since chex annotates a decorator as an object and a variant as a function that never returns.
 variants: Any = chex.variants(with_jit=True, without_jit=True, with_pmap=True)

@@ -8,11 +8,11 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from problems import make_problem, problems
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem, problems
 
 jitted = jax.jit(clj.class_statistics, static_argnums=2)
 

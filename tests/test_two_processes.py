@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import one_of_two
+
+from tests.support import one_of_two
 
 
 def test_two_processes_have_the_centers_params_and_loss_of_one(tmp_path):

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from absl.testing import parameterized
-from problems import make_problem, problems
-from steps import update
-from updates import move
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.problems import make_problem, problems
+from tests.support.steps import move, update
 
 
 def step(x, centers, labels, alpha: Any = 0.5, **options):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from updates import move
 
 import centerloss_jax as clj
+from tests.support.steps import move
 
 TABLE = jnp.asarray(np.random.default_rng(0).normal(1, 2, (17, 3)), jnp.float32)
 

@@ -6,19 +6,18 @@ Mistakes are counted in the state; what the user left out is not.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import updates
-from problems import make_problem
-from steps import update
 
 import centerloss_jax as clj
+from tests.support import oracle, steps
+from tests.support.problems import make_problem
+from tests.support.steps import update
 
 
 @jax.jit
 def move(x, centers, labels, where=None):
     """The centers after one step at alpha 0.5, and the state of the update."""
-    return updates.move(jnp.asarray(centers), clj.center_rows(x, centers, labels, where=where))
+    return steps.move(jnp.asarray(centers), clj.center_rows(x, centers, labels, where=where))
 
 
 NOT_FINITE = [np.nan, np.inf, -np.inf]

@@ -1,4 +1,4 @@
-"""One of two processes with two devices each: `python one_of_two.py PORT PROCESS_ID OUT`. The test is beside it."""
+"""One of two processes with two devices each: `python one_of_two.py PORT PROCESS_ID OUT`."""
 
 import sys
 from functools import partial

@@ -20,6 +20,12 @@ def update(transform: Any, grads: Any, state: Any, model: Any) -> Any:
     return optax.apply_updates(model, updates), state
 
 
+def move(centers: Any, rows: Any, alpha: Any = 0.5) -> Any:
+    """`(centers, state)` after the first step of `center_update` on a bare table."""
+    transform = clj.center_update(alpha)
+    return update(transform, rows, transform.init(centers), centers)
+
+
 class Batch(NamedTuple):
     images: Any  # [B, 6]
     labels: Any  # [B], negative where an example only fills the batch up
