@@ -1,6 +1,7 @@
-"""The label rules, over every function that takes labels, and check_labels.
+"""The rules for labels, over every function that takes labels, and check_labels.
 
-Negative: left out. 0 to C - 1: a class. C and more: a mistake. All in the labels' own dtype.
+A negative label leaves its example out, 0 to C - 1 is a class, C or more is an error. Labels are compared in their own
+dtype.
 """
 
 from functools import partial
@@ -27,7 +28,7 @@ CENTERS = np.array([[5, 1], [1, 1], [2, 2]], np.float32)
 
 
 def assert_names_the_first_bad_label(excinfo, value, position, num_classes):
-    """The argument, the value, its place and the valid range are all in the message."""
+    """Checks that the message has the argument, the value, its index and the valid range."""
     message = str(excinfo.value)
     assert 'labels' in message
     for expected in (
@@ -52,7 +53,7 @@ def test_a_concrete_label_out_of_range_is_an_error(member, as_type):
 
 
 @over_family
-def test_the_place_of_a_bad_label_has_all_its_coordinates(member):
+def test_the_index_of_a_bad_label_has_all_coordinates(member):
     x, centers, *_ = make_problem(leading=(2, 3), num_classes=7, dtype=np.float32)
     with pytest.raises(ValueError, match='labels') as excinfo:
         FAMILY[member](x, centers, np.array(BAD_LABELS).reshape(2, 3))
@@ -72,7 +73,7 @@ def test_concrete_labels_are_checked_inside_jit_too(member):
 
 
 @over_family
-def test_identities_numbered_from_one_are_an_error(member):
+def test_labels_numbered_from_one_are_an_error(member):
     x, centers, *_ = make_problem(leading=(10,), num_classes=10, dtype=np.float32)
     with pytest.raises(ValueError, match='labels') as excinfo:
         FAMILY[member](x, centers, np.arange(1, 11))
@@ -99,7 +100,7 @@ def test_a_label_that_where_leaves_out_is_not_checked(member, traced):
 @over_family
 @pytest.mark.parametrize('content', [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize('by', ['label', 'where'])
-def test_a_batch_with_left_out_examples_is_the_batch_without_them(member, content, by):
+def test_a_batch_with_left_out_examples_equals_the_batch_without_them(member, content, by):
     x, centers, labels, _ = make_problem(dtype=np.float32)
     kept = np.isin(np.arange(7), [0, 3, 5])
     expected = outcome(member, x[kept], centers, labels[kept])
@@ -114,20 +115,20 @@ def test_a_batch_with_left_out_examples_is_the_batch_without_them(member, conten
 
 @over_family
 @pytest.mark.parametrize('bad', [5, 2**31 - 1])
-def test_inside_jit_a_label_out_of_range_never_reaches_a_class(member, bad):
+def test_inside_jit_a_label_out_of_range_changes_no_class(member, bad):
     x, centers, labels, _ = make_problem(dtype=np.float32)
     labels[3] = -1
     expected = outcome(member, x, centers, labels)
     labels[3] = bad
     got = jax.jit(partial(outcome, member))(x, centers, labels)
     for leaf, without in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        # What is a value of the whole batch says that something is wrong; what belongs to a class is right.
+        # A scalar of the whole batch is NaN. Results by class are as if the example were left out.
         np.testing.assert_allclose(leaf, without if np.ndim(leaf) else np.nan, rtol=1e-6, atol=1e-6)
 
 
 @over_family
 @pytest.mark.parametrize('dtype', INTEGERS)
-def test_every_integer_dtype_means_the_same(member, dtype):
+def test_every_integer_dtype_gives_the_same_result(member, dtype):
     labels = np.array([0, 2, 1, 0], np.int32)
     expected = outcome(member, X, CENTERS, labels)
     chex.assert_trees_all_equal(outcome(member, X, CENTERS, labels.astype(dtype)), expected)
@@ -147,7 +148,7 @@ def test_labels_may_be_a_list_a_tuple_or_one_integer(member):
         chex.assert_trees_all_equal(outcome(member, X[1], CENTERS, label), expected)
 
 
-# Each of these is a valid label, or a negative one, once something has cast it.
+# A cast to int32 or int8 would make each of these a valid or a negative label.
 FOLDED = {
     'numpy int64': np.array([0, 2, 2**32 + 1, 0]),
     'list': [0, 2, 2**32 + 1, 0],
@@ -185,7 +186,7 @@ def _edges(dtype, num_classes):
 
 @st.composite
 def typed_labels(draw):
-    """Four labels at the edges of their dtype and of C, where C itself may not fit the dtype."""
+    """Draws four labels at the limits of their dtype and of C. C itself may not fit the dtype."""
     num_classes = draw(st.sampled_from([1, 128, 256, 300]))
     dtype = draw(st.sampled_from(INTEGERS))
     values = draw(st.lists(st.sampled_from(_edges(dtype, num_classes)), min_size=4, max_size=4))
@@ -205,23 +206,23 @@ def test_labels_are_compared_in_their_own_dtype(case, where):
     where = np.array(where)
     centers = np.arange(1, 2 * num_classes + 1, dtype=np.float32).reshape(num_classes, 2)
     counted = where & np.array([int(label) >= 0 for label in labels])
-    wrong = counted & np.array([int(label) >= num_classes for label in labels])
-    expected = oracle.per_example(X, centers, np.where(counted & ~wrong, labels, 0).astype(int), where=counted)
-    expected = np.where(wrong, np.nan, np.where(counted, expected, 0))
+    out_of_range = counted & np.array([int(label) >= num_classes for label in labels])
+    expected = oracle.per_example(X, centers, np.where(counted & ~out_of_range, labels, 0).astype(int), where=counted)
+    expected = np.where(out_of_range, np.nan, np.where(counted, expected, 0))
 
     per_example = partial(clj.center_loss, reduce_fn=None, where=where)
-    if wrong.any():
+    if out_of_range.any():
         with pytest.raises(ValueError, match='labels') as excinfo:
             per_example(X, centers, labels)
-        assert_names_the_first_bad_label(excinfo, labels[wrong][0], np.flatnonzero(wrong)[0], num_classes)
+        assert_names_the_first_bad_label(excinfo, labels[out_of_range][0], np.flatnonzero(out_of_range)[0], num_classes)
     else:
         np.testing.assert_allclose(per_example(X, centers, labels), expected, rtol=1e-6)
     # Without x64, jit narrows 64-bit arguments before any function sees them.
     with jax.enable_x64(labels.dtype.itemsize == 8):
         got, moved = per_example_and_moved(X, centers, labels, where)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
-    right = np.where(counted & ~wrong, labels, 0).astype(int)
-    rows = oracle.center_rows(X, centers, right, where=counted & ~wrong)
+    valid = np.where(counted & ~out_of_range, labels, 0).astype(int)
+    rows = oracle.center_rows(X, centers, valid, where=counted & ~out_of_range)
     np.testing.assert_allclose(moved, centers + rows, rtol=1e-6)
 
 
@@ -272,7 +273,7 @@ def test_one_hot_labels_of_sequences_say_argmax(member):
         FAMILY[member](x, CENTERS, jax.nn.one_hot(np.ones((2, 4), int), 3))
 
 
-def test_a_mistaken_label_is_dropped_and_counted_and_moves_no_row():
+def test_inside_jit_a_label_out_of_range_is_dropped_and_counted():
     x, centers, *_ = make_problem(leading=(6,), num_classes=10, dtype=np.float32)
     labels, where = np.array([0, 10, -1, 4, 11, 3]), np.array([True, True, True, True, True, False])
 
@@ -283,8 +284,8 @@ def test_a_mistaken_label_is_dropped_and_counted_and_moves_no_row():
     moved, state = step(centers, labels)
     unmoved = [j for j in range(10) if j not in (0, 4)]
     np.testing.assert_array_equal(np.asarray(moved)[unmoved], centers[unmoved])
-    right = np.array([0, -1, -1, 4, -1, -1])
-    np.testing.assert_allclose(moved, oracle.center_update(x, centers, right, 0.5), rtol=1e-6)
+    valid = np.array([0, -1, -1, 4, -1, -1])
+    np.testing.assert_allclose(moved, oracle.center_update(x, centers, valid, 0.5), rtol=1e-6)
     assert state.left_out == 2
 
 

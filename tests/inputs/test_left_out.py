@@ -1,4 +1,4 @@
-"""What `where` or a negative label leaves out reaches no value and no gradient, whatever it holds."""
+"""Examples that `where` or a negative label leaves out change no value and no gradient, whatever they hold."""
 
 import chex
 import jax
@@ -10,7 +10,7 @@ import centerloss_jax as clj
 from tests.support.problems import make_problem
 
 
-def test_an_unlabelled_example_is_no_part_of_the_mean(worked_example):
+def test_the_mean_is_over_the_examples_with_a_label(worked_example):
     x, centers = worked_example.x, worked_example.centers
     labels = np.array([0, -1, 1, 0])
     loss, gradient = jax.value_and_grad(clj.center_loss)(x, centers, labels)
@@ -23,18 +23,20 @@ def test_an_unlabelled_example_is_no_part_of_the_mean(worked_example):
 LEFT_OUT = {'by its label': (-1, True), 'by another negative label': (-100, True), 'by where': (2, False)}
 
 
-def _loss_of_both(x, centers, weights, labels, where, **options):
+def loss_of_both(x, centers, weights, labels, where, **options):
     loss, _ = clj.center_loss_and_rows(x, centers, labels, where=where, weights=weights, **options)
     return loss + clj.center_loss(x, centers, labels, where=where, weights=weights, **options)
+
+
+gradients = jax.jit(jax.value_and_grad(loss_of_both, argnums=(0, 1, 2)), static_argnames='reduce_fn')
 
 
 @pytest.mark.parametrize('reduce_fn', [jnp.mean, jnp.max], ids=['mean', 'max'])
 @pytest.mark.parametrize(('label', 'counts'), LEFT_OUT.values(), ids=LEFT_OUT.keys())
 @pytest.mark.parametrize('content', [np.nan, np.inf, 3e38])
-def test_an_example_left_out_reaches_no_value_and_no_gradient(content, label, counts, reduce_fn):
+def test_an_example_left_out_changes_no_value_and_no_gradient(content, label, counts, reduce_fn):
     x, centers, labels, options = make_problem(dtype=np.float32, weights='elements')
     where = np.ones(7, bool)
-    gradients = jax.value_and_grad(_loss_of_both, argnums=(0, 1, 2))
     kept = np.arange(7) != 3
     expected, expected_gradients = gradients(
         x[kept], centers, options['weights'][kept], labels[kept], where[kept], reduce_fn=reduce_fn
@@ -52,16 +54,16 @@ def test_an_example_left_out_reaches_no_value_and_no_gradient(content, label, co
 
 
 @pytest.mark.parametrize('content', [np.nan, np.inf])
-def test_a_center_of_left_out_examples_may_hold_anything(content):
+def test_a_center_without_counted_examples_may_hold_anything(content):
     x, centers, labels, _ = make_problem(dtype=np.float32)
     labels[labels == 1] = 0
     labels[[2, 5]] = 1
     where = labels != 1
-    expected, expected_gradients = jax.value_and_grad(clj.center_loss, (0, 1))(x, centers, labels, where=where)
+    expected, expected_gradients = gradients(x, centers, None, labels, where, reduce_fn=jnp.mean)
     centers[1] = content
-    loss, gradients = jax.value_and_grad(clj.center_loss, (0, 1))(x, centers, labels, where=where)
+    loss, changed_gradients = gradients(x, centers, None, labels, where, reduce_fn=jnp.mean)
     assert loss == expected
-    chex.assert_trees_all_equal(gradients, expected_gradients)
+    chex.assert_trees_all_equal(changed_gradients, expected_gradients)
 
 
 NOTHING_COUNTED = {
@@ -77,10 +79,10 @@ NOTHING_COUNTED = {
 
 @pytest.mark.parametrize(('leading', 'labels', 'options'), NOTHING_COUNTED.values(), ids=NOTHING_COUNTED.keys())
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
-def test_nothing_counted_is_zero_with_zero_gradients(leading, labels, options, jit):
+def test_without_examples_the_loss_and_its_gradients_are_zero(leading, labels, options, jit):
     x, centers, *_ = make_problem(leading=leading, dtype=np.float32)
-    gradients = jax.value_and_grad(clj.center_loss, (0, 1))
-    loss, (for_x, for_centers) = (jax.jit(gradients) if jit else gradients)(x, centers, labels, **options)
+    of_loss = jax.value_and_grad(clj.center_loss, (0, 1))
+    loss, (for_x, for_centers) = (jax.jit(of_loss) if jit else of_loss)(x, centers, labels, **options)
     assert loss == 0.0
     np.testing.assert_array_equal(for_x, np.zeros_like(x))
     np.testing.assert_array_equal(for_centers, np.zeros_like(centers))

@@ -1,6 +1,6 @@
-"""The functions that take labels, in one form: a rule about labels is tested over all of them.
+"""The functions that take labels, with one signature, so that each rule about labels is tested over all of them.
 
-A new member is one line in FAMILY.
+A new function is one line in FAMILY.
 """
 
 import jax
@@ -26,7 +26,7 @@ def _is_rows(leaf):
 
 
 def outcome(member, x, centers, labels, **options):
-    """What `member` makes of the batch, its rows as a [C, D] array: independent of the batch's shape."""
+    """Returns the result of `member`, with rows as a dense [C, D] array that does not depend on the batch size."""
 
     def dense(leaf):
         return jnp.zeros_like(centers) + leaf if _is_rows(leaf) else leaf

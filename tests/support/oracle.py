@@ -1,7 +1,7 @@
-"""What the library should compute, written from the formulas: NumPy float64 and explicit loops.
+"""The formulas of the library in NumPy float64 with explicit loops.
 
-It shares no code with the library and no trick either: every example and every class is visited by name, so
-that a wrong axis, a wrong count or a wrong mask here would have to be written down in plain sight.
+It shares no code with the library. Every example, class and feature has its own index, so that a wrong axis, count or
+mask would be visible.
 
 An example is left out where `where` is False or its label is negative. `weights` have the shape of `labels`
 or of `x`. Labels >= C are not defined here: the tests remove them first.
@@ -27,7 +27,7 @@ def _float64(a):
 
 
 def _counted(labels, where):
-    """The positions of the examples that count, in order."""
+    """Yields the index of each example that is not left out."""
     labels = np.asarray(labels)
     for position in np.ndindex(labels.shape):
         if (where is None or where[position]) and labels[position] >= 0:
@@ -35,7 +35,7 @@ def _counted(labels, where):
 
 
 def _element_weights(x, weights):
-    """weights of shape [...] or [..., D] as [..., D]."""
+    """Returns weights of shape [...] or [..., D] as [..., D]."""
     if weights is None:
         return np.ones(x.shape)
     weights = _float64(weights)
@@ -49,7 +49,7 @@ def _element_weights(x, weights):
 
 
 def per_example(x, centers, labels, *, where=None, weights=None):
-    """w_i |x_i - c_{y_i}|² in the shape of `labels`; 0 for what is left out."""
+    """Returns w_i |x_i - c_{y_i}|² in the shape of `labels`, and 0 for an example that is left out."""
     x, centers, labels = _float64(x), _float64(centers), np.asarray(labels)
     weights = _element_weights(x, weights)
     out = np.zeros(labels.shape)
@@ -60,13 +60,13 @@ def per_example(x, centers, labels, *, where=None, weights=None):
 
 
 def center_loss(x, centers, labels, *, where=None, weights=None):
-    """The mean of `per_example` over the examples that count; 0 if none does."""
+    """Returns the mean of `per_example` over the examples that count; 0 if none does."""
     count = len(list(_counted(labels, where)))
     return per_example(x, centers, labels, where=where, weights=weights).sum() / count if count else 0.0
 
 
 def center_loss_gradients(x, centers, labels, *, where=None, weights=None):
-    """d center_loss / d (x, centers, element weights), the last in the shape of `x`."""
+    """Returns d center_loss / d (x, centers, element weights), the last in the shape of `x`."""
     x, centers, labels = _float64(x), _float64(centers), np.asarray(labels)
     weights = _element_weights(x, weights)
     count = len(list(_counted(labels, where)))
@@ -81,7 +81,7 @@ def center_loss_gradients(x, centers, labels, *, where=None, weights=None):
 
 
 def center_rows(x, centers, labels, *, where=None, weights=None):
-    """Σ_{i: y_i = j} w_i (c_j - x_i) as a dense [C, D] array."""
+    """Returns Σ_{i: y_i = j} w_i (c_j - x_i) as a dense [C, D] array."""
     x, centers, labels = _float64(x), _float64(centers), np.asarray(labels)
     weights = _element_weights(x, weights)
     out = np.zeros(centers.shape)
@@ -92,7 +92,7 @@ def center_rows(x, centers, labels, *, where=None, weights=None):
 
 
 def add_rows(table, indices, values):
-    """`table` with each row of `values` added where `indices` says; what is outside the table is dropped."""
+    """Adds each row of `values` to the row of `table` at its index, and drops rows whose index is outside the table."""
     out = _float64(table).copy()
     for index, value in zip(indices, _float64(values), strict=True):
         if 0 <= int(index) < len(out):
@@ -102,9 +102,9 @@ def add_rows(table, indices, values):
 
 
 def center_update(x, centers, labels, alpha, *, where=None, weights=None):
-    """The centers after Eq. 4: c_j - alpha · Σ_{i: y_i = j} w_i (c_j - x_i) / (1 + n_j).
+    """Returns the centers after Eq. 4: c_j - alpha · Σ_{i: y_i = j} w_i (c_j - x_i) / (1 + n_j).
 
-    n_j counts examples, whatever they weigh. An example with a non-finite feature is as if it were absent.
+    n_j counts examples, whatever their weights. An example with a feature that is not finite does not count.
     """
     x, centers, labels = _float64(x), _float64(centers), np.asarray(labels)
     weights = _element_weights(x, weights)
@@ -121,7 +121,7 @@ def center_update(x, centers, labels, alpha, *, where=None, weights=None):
 
 
 def nearest_center(x, centers):
-    """The index of each example's nearest center, the lowest of equal ones, and its squared distance."""
+    """Returns the index of each example's nearest center, the lowest of equal ones, and its squared distance."""
     x, centers = _float64(x), _float64(centers)
     labels = np.zeros(x.shape[:-1], np.int64)
     distances = np.full(x.shape[:-1], np.inf)
@@ -136,7 +136,7 @@ def nearest_center(x, centers):
 
 
 def class_statistics(x, labels, num_classes, *, where=None):
-    """Counts, means, intra = (1/N) Σ_i |x_i - μ_{y_i}|² and inter = (1/N) Σ_j n_j |μ_j - μ|²."""
+    """Returns counts, means, intra = (1/N) Σ_i |x_i - μ_{y_i}|² and inter = (1/N) Σ_j n_j |μ_j - μ|²."""
     x, labels = _float64(x), np.asarray(labels)
     counted = list(_counted(labels, where))
     count, mean = np.zeros(num_classes, np.int64), np.zeros((num_classes, x.shape[-1]))
@@ -160,9 +160,9 @@ def class_statistics(x, labels, num_classes, *, where=None):
 
 
 def reference_loss(x, centers, labels, dtype):
-    """The well-known PyTorch code's value: the [B, C] matrix |x|² + |c|² - 2 x·c, masked, clamped, averaged.
+    """Returns the loss of the PyTorch code: the [B, C] matrix |x|² + |c|² - 2 x·c, masked, clamped, averaged.
 
-    The clamp adds (C - 1)·1e-12 for each example; in float32 the expanded square loses what norms outgrow.
+    The clamp adds (C - 1)·1e-12 for each example. In float32 the expanded square loses the digits of large norms.
     """
     x, centers = np.asarray(x, dtype), np.asarray(centers, dtype)
     matrix = np.empty((len(x), len(centers)), dtype)

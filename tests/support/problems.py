@@ -14,7 +14,7 @@ class Problem(NamedTuple):
     x: np.ndarray  # [..., D]
     centers: np.ndarray  # [C, D]
     labels: np.ndarray  # [...]
-    options: dict  # where and weights, as the functions take them
+    options: dict  # the keyword arguments where and weights, if the problem has them
 
     @property
     def arrays(self):
@@ -30,7 +30,12 @@ def make_problem(
     masked: bool = False,
     weights: str | None = None,
 ) -> Problem:
-    """A problem of these sizes; `masked` adds -1 labels and a `where`; weights: 'examples' or 'elements'."""
+    """Returns a random problem of these sizes.
+
+    Args:
+      masked: adds a `where` and negative labels.
+      weights: 'examples' or 'elements' adds weights of that shape.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(1.0, 2.0, (*leading, num_features)).astype(dtype)
     centers = rng.normal(-1.0, 2.0, (num_classes, num_features)).astype(dtype)
@@ -46,12 +51,18 @@ def make_problem(
     return Problem(x, centers, labels, options)
 
 
-# Few sizes and many values: a size costs a compilation.
-_sizes = [((), 5, 3), ((7,), 5, 3), ((7,), 1, 4), ((2, 3), 5, 1), ((2, 1, 4), 5, 3)]
+# A problem's sizes and its options. A new form costs a compilation, so they are few and their values are many.
+FORMS = [
+    {'leading': ()},
+    {'leading': (), 'masked': True, 'weights': 'elements'},
+    {'leading': (7,)},
+    {'leading': (7,), 'weights': 'examples'},
+    {'leading': (7,), 'masked': True, 'weights': 'elements'},
+    {'leading': (7,), 'num_classes': 1, 'num_features': 4, 'masked': True, 'weights': 'examples'},
+    {'leading': (2, 3), 'num_features': 1, 'masked': True},
+    {'leading': (2, 3), 'num_features': 1, 'weights': 'elements'},
+    {'leading': (2, 1, 4), 'masked': True, 'weights': 'examples'},
+]
 problems = st.builds(
-    lambda sizes, **kwargs: make_problem(leading=sizes[0], num_classes=sizes[1], num_features=sizes[2], **kwargs),
-    sizes=st.sampled_from(_sizes),
-    seed=st.integers(0, 2**32 - 1),
-    masked=st.booleans(),
-    weights=st.sampled_from([None, 'examples', 'elements']),
+    lambda form, seed: make_problem(seed, **form), form=st.sampled_from(FORMS), seed=st.integers(0, 2**32 - 1)
 )

@@ -1,6 +1,6 @@
-"""The training steps as the documentation gives them: a Linen TrainState's, and an nnx.Optimizer's."""
+"""The training steps of the documentation: with a Linen TrainState, and with an nnx.Optimizer."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,20 +15,23 @@ import centerloss_jax as clj
 
 
 def update(transform: Any, grads: Any, state: Any, model: Any) -> Any:
-    """`(model, state)` after one step of an optax transform. Any, since optax's types do not know rows."""
+    """Returns `(model, state)` after one step of an optax transform. Any, since optax's types do not know rows."""
     updates, state = transform.update(grads, state, model)
     return optax.apply_updates(model, updates), state
 
 
 def move(centers: Any, rows: Any, alpha: Any = 0.5) -> Any:
-    """`(centers, state)` after the first step of `center_update` on a bare table."""
+    """Returns `(centers, state)` after the first step of `center_update` on a bare table."""
     transform = clj.center_update(alpha)
     return update(transform, rows, transform.init(centers), centers)
 
 
+SGD = optax.sgd(0.1)
+
+
 class Batch(NamedTuple):
     images: Any  # [B, 6]
-    labels: Any  # [B], negative where an example only fills the batch up
+    labels: Any  # [B], negative for an example that only pads the batch
 
 
 def make_batch(seed=0, size=8, num_classes=5, left_out=()) -> Batch:
@@ -39,7 +42,7 @@ def make_batch(seed=0, size=8, num_classes=5, left_out=()) -> Batch:
 
 
 def softmax_loss(logits, labels, axis_name=None):
-    """The mean over the labelled examples, those of all devices under axis_name."""
+    """Returns the mean over the examples with a label; under axis_name, over those of all devices."""
     counted = labels >= 0
     per_example = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
     count = jnp.sum(counted, dtype=jnp.float32)
@@ -68,20 +71,30 @@ class LinenModel(nn.Module):
 
 
 class LinenState(train_state.TrainState):
-    """Flax's own recipe for a model with batch statistics; without them they are an empty dict."""
+    """Holds batch statistics too, as Flax's documentation shows; an empty dict for a model without them."""
 
     batch_stats: Any
 
 
+# A train state holds functions, which jax.jit compares by identity: the same ones, so that tests share programs.
+_linen_model = cache(LinenModel)
+
+
+@cache
+def _with_centers(tx, alpha, axis_name=None):
+    return clj.with_centers(tx or optax.adam(1e-2), alpha, axis_name=axis_name)
+
+
 def linen_state(tx=None, *, alpha=0.5, seed=0, **model_options) -> LinenState:
-    """The state to start from; under axis_name the model and the optimizer are told of it."""
+    """Returns the initial state. axis_name is passed to the model and to the optimizer."""
     axis_name = model_options.get('axis_name')
-    # Initialization runs on one device, outside of the axis.
+    tx = _with_centers(tx, alpha, axis_name)
+    # The model is initialized on one device, where no axis is bound.
     variables = LinenModel(**{**model_options, 'axis_name': None}).init(jax.random.key(seed), *make_batch())
     return LinenState.create(
-        apply_fn=LinenModel(**model_options).apply,
+        apply_fn=_linen_model(**model_options).apply,
         params={'params': variables['params'], 'centers': variables['centers']},
-        tx=clj.with_centers(tx or optax.adam(1e-2), alpha, axis_name=axis_name),
+        tx=tx,
         batch_stats=variables.get('batch_stats', {}),
     )
 
@@ -111,7 +124,7 @@ def linen_table(state):
 
 
 def center_state(opt_state) -> clj.CenterUpdateState:
-    """The state of the centers inside the state of with_centers."""
+    """Returns the CenterUpdateState inside the state of with_centers."""
     return opt_state.inner_states['centers'].inner_state
 
 
@@ -129,10 +142,9 @@ class NnxModel(nnx.Module):
 
 
 def nnx_pair(tx=None, *, alpha=0.5, seed=0, graph=True, **model_options) -> tuple[NnxModel, nnx.Optimizer]:
-    """A model and its optimizer. graph: Flax's graph mode, or its tree mode."""
+    """Returns a model and its optimizer. graph: Flax's graph mode, or its tree mode."""
     model = NnxModel(**model_options, rngs=nnx.Rngs(seed))
-    tx = clj.with_centers(tx or optax.adam(1e-2), alpha)
-    return model, nnx.Optimizer(model, tx, wrt=(nnx.Param, clj.nnx.Centers), graph=graph)
+    return model, nnx.Optimizer(model, _with_centers(tx, alpha), wrt=(nnx.Param, clj.nnx.Centers), graph=graph)
 
 
 def nnx_step(model, optimizer, images, labels, *, center_weight=1.0, graph=True):
@@ -147,13 +159,20 @@ def nnx_step(model, optimizer, images, labels, *, center_weight=1.0, graph=True)
     return loss
 
 
-def jit_nnx_step(*, graph=True, **options):
-    step = partial(nnx_step, graph=graph, **options)
-    return nnx.jit(step, donate_argnames=('model', 'optimizer'), graph=graph)
+@cache
+def jit_nnx_step(*, graph=True):
+    @partial(nnx.jit, donate_argnames=('model', 'optimizer'), graph=graph)
+    def jitted(model, optimizer, images, labels, center_weight):
+        return nnx_step(model, optimizer, images, labels, center_weight=center_weight, graph=graph)
+
+    def step(model, optimizer, images, labels, center_weight=1.0):
+        return jitted(model, optimizer, images, labels, center_weight)
+
+    return step
 
 
 def nnx_arrays(model):
-    """All of the model's variables as NumPy arrays, which no donation takes away."""
+    """Returns the model's variables as NumPy copies, which donation does not delete."""
     return jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model)))
 
 

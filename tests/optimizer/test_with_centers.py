@@ -1,4 +1,4 @@
-"""with_centers: one optax transform for a model's parameters and its centers, in whatever tree they come."""
+"""with_centers: one optax transform for the parameters and the centers of a model, in any tree."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Model(NamedTuple):
 
 
 def _variables(params, centers):
-    # A model's whole state by its modules, where only the type of a leaf tells centers from parameters.
+    # The state of a whole NNX model, where only the type of a leaf tells centers from parameters.
     return nnx.State({'layer': {'kernel': nnx.Param(params)}, 'center': {'centers': clj.nnx.Centers(centers)}})
 
 
@@ -55,14 +55,12 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
 @pytest.mark.parametrize('tree', TREES.values(), ids=TREES.keys())
-def test_params_move_by_the_optimizer_and_centers_by_eq_4_in_any_tree(tree, jit):
+def test_params_move_by_the_optimizer_and_centers_by_eq_4_in_any_tree(tree):
     params, gradient = jnp.arange(4.0), jnp.ones(4)
     transform = clj.with_centers(optax.sgd(0.5))
     model = tree(params, jnp.asarray(CENTERS))
-    step = partial(update, transform)
-    new, state = (jax.jit(step) if jit else step)(tree(gradient, ROWS), transform.init(model), model)
+    new, state = jax.jit(partial(update, transform))(tree(gradient, ROWS), transform.init(model), model)
 
     assert jax.tree.structure(new) == jax.tree.structure(model)
     expected = tree(params - 0.5, MOVED.astype(np.float32))
@@ -71,7 +69,7 @@ def test_params_move_by_the_optimizer_and_centers_by_eq_4_in_any_tree(tree, jit)
 
 
 @pytest.mark.parametrize('as_container', [dict, freeze], ids=['dict', 'FrozenDict'])
-def test_in_a_stock_train_state(as_container):
+def test_a_flax_train_state_needs_no_change(as_container):
     params = as_container({'params': {'kernel': jnp.arange(4.0)}, 'centers': {'centers': jnp.asarray(CENTERS)}})
     state = TrainState.create(apply_fn=None, params=params, tx=clj.with_centers(optax.adam(0.1)))
     grads = as_container({'params': {'kernel': jnp.ones(4)}, 'centers': {'centers': ROWS}})
@@ -105,10 +103,12 @@ def test_no_optimizer_state_grows_with_the_number_of_classes(optimizer, tree):
     assert not any(1000 in shape or 3000 in shape for shape in shapes(1000))
 
 
-def test_weight_decay_is_for_params_alone():
+def test_weight_decay_changes_params_alone():
     model = {'params': jnp.ones(4), 'centers': jnp.asarray(CENTERS)}
     transform = clj.with_centers(optax.adamw(1e-2, weight_decay=0.5))
-    new, _ = update(transform, {'params': jnp.zeros(4), 'centers': ROWS}, transform.init(model), model)
+    new, _ = jax.jit(partial(update, transform))(
+        {'params': jnp.zeros(4), 'centers': ROWS}, transform.init(model), model
+    )
     np.testing.assert_allclose(new['params'], np.full(4, 0.995), rtol=1e-6)
     np.testing.assert_allclose(new['centers'], MOVED, rtol=1e-5, atol=1e-6)
 
@@ -178,24 +178,38 @@ def test_forgotten_rows_are_an_error(grads, error, message, jit):
         (jax.jit(step) if jit else step)(state)
 
 
-# Any, since chex annotates a decorator as an object and a variant as a function that never returns.
-variants: Any = chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+def test_alpha_and_learning_rate_follow_separate_schedules():
+    x, centers, labels, _ = make_problem(dtype=np.float32)
+    params = {'params': jnp.float32(0), 'centers': jnp.asarray(centers)}
+    rate = optax.linear_schedule(0.5, 0.0, 2)
+    alpha: Any = optax.linear_schedule(0.0, 1.0, 4)
+    transform = clj.with_centers(optax.sgd(rate), alpha)
+    state = transform.init(params)
+    step = jax.jit(partial(update, transform))
+    for rate, alpha in [(0.5, 0.0), (0.25, 0.25), (0.0, 0.5)]:
+        rows = clj.center_rows(x, params['centers'], labels)
+        expected = oracle.center_update(x, params['centers'], labels, alpha)
+        new, state = step({'params': jnp.float32(1), 'centers': rows}, state, params)
+        assert new['params'] == params['params'] - rate
+        np.testing.assert_allclose(new['centers'], expected, rtol=1e-5, atol=1e-6)
+        params = new
 
 
-class ShapesTest(chex.TestCase):
-    variant: Any
+def test_without_a_learning_rate_params_stay_and_centers_move(worked_example):
+    params = {'params': {'kernel': jnp.ones(3)}, 'centers': jnp.asarray(worked_example.centers)}
+    rows = clj.center_rows(worked_example.x, worked_example.centers, worked_example.labels)
+    transform = clj.with_centers(optax.sgd(0.0), alpha=0.5)
+    grads = {'params': {'kernel': jnp.full(3, 7.0)}, 'centers': rows}
+    new, _ = update(transform, grads, transform.init(params), params)
+    np.testing.assert_array_equal(new['params']['kernel'], np.ones(3))
+    np.testing.assert_allclose(new['centers'], worked_example.moved, rtol=1e-6)
 
-    @variants
-    def test_update(self):
-        transform = clj.with_centers(optax.adam(1e-3))
-        model = {'params': {'kernel': jnp.ones((4, 6))}, 'centers': jnp.ones((5, 3))}
-        rows = clj.RowUpdates(jnp.arange(7, dtype=jnp.int32), jnp.ones((7, 3)))
-        state = transform.init(model)
-        updates, new_state = self.variant(transform.update)(
-            {'params': {'kernel': jnp.ones((4, 6))}, 'centers': rows}, state, model
-        )
-        assert isinstance(updates['centers'], clj.RowUpdates)
-        chex.assert_shape(updates['params']['kernel'], (4, 6))
-        chex.assert_shape([updates['centers'].indices, updates['centers'].values], [(7,), (7, 3)])
-        chex.assert_type([updates['centers'].indices, updates['centers'].values], [jnp.int32, jnp.float32])
-        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+def test_a_step_keeps_the_shapes_and_dtypes_of_the_state():
+    transform = clj.with_centers(optax.adam(1e-3))
+    model = {'params': {'kernel': jnp.ones((4, 6))}, 'centers': TABLE}
+    state = transform.init(model)
+    grads = {'params': {'kernel': jnp.ones((4, 6))}, 'centers': ROWS}
+    updates, new_state = jax.eval_shape(transform.update, grads, state, model)
+    assert isinstance(updates['centers'], clj.RowUpdates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
