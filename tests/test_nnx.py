@@ -71,6 +71,11 @@ class TestModule:
         loss, _ = center(self.x.astype(jnp.bfloat16), self.labels)
         chex.assert_type(loss, jnp.float32)
 
+    @pytest.mark.parametrize(('num_classes', 'num_features'), [(0, 2), (3, -1)])
+    def test_needs_at_least_one_class_and_one_feature(self, num_classes, num_features):
+        with pytest.raises(ValueError, match=f'num_classes.*num_features.*{num_classes} and {num_features}'):
+            clj.nnx.CenterLoss(num_classes, num_features, rngs=nnx.Rngs(0))
+
     def test_centers_start_at_zero_in_float32(self):
         centers = clj.nnx.CenterLoss(7, 2, rngs=nnx.Rngs(0)).centers[...]
         np.testing.assert_array_equal(centers, np.zeros((7, 2)))

@@ -117,6 +117,11 @@ def test_rows_that_do_not_fit_the_table_are_an_error(add, values):
         add(TABLE, clj.RowUpdates(jnp.array([4, 0]), jnp.asarray(values)))
 
 
+def test_rows_of_integers_are_an_error():
+    with pytest.raises(TypeError, match=r'values of RowUpdates.*int32\[2,3\]'):
+        operator.add(TABLE, clj.RowUpdates(jnp.array([4, 0]), jnp.ones((2, 3), jnp.int32)))
+
+
 @pytest.mark.parametrize('other', [0, 1.0, np.float32(0), np.zeros(3, np.float32)], ids=repr)
 def test_only_a_table_takes_rows(other):
     # sum([rows, rows]) starts with 0 + rows.

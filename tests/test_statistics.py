@@ -118,10 +118,13 @@ def test_merging_with_an_empty_batch_is_exact(empty_first):
     ],
 )
 def test_merging_other_sizes_is_an_error(num_classes, num_features):
-    stats = clj.class_statistics(np.ones((3, 2), np.float32), np.array([0, 1, 2]), 3)
-    others = np.ones((3, num_features), np.float32), np.zeros(3, np.int32), num_classes
+    def merge_other():
+        stats = clj.class_statistics(np.ones((3, 2), np.float32), np.array([0, 1, 2]), 3)
+        other = clj.class_statistics(np.ones((3, num_features), np.float32), np.zeros(3, np.int32), num_classes)
+        return stats.merge(other)
+
     with pytest.raises(ValueError, match=rf'3.*2.*{num_classes}.*{num_features}'):
-        stats.merge(clj.class_statistics(*others))
+        jax.eval_shape(merge_other)
 
 
 def tight_classes_far_out(num_examples=600, num_features=4):

@@ -61,17 +61,27 @@ MESHES = {
 }
 
 
-# mesh= and jax.set_mesh give the same constraint on the rows: a layout of each kind shows it.
-NAMED_BY_ARGUMENT = ['replicated', 'by rows', 'two axes, all over both']
-CASES = [
-    pytest.param(*LAYOUTS[layout], *MESHES[mesh], id=f'{mesh}, {layout}')
-    for mesh in MESHES
-    for layout in (NAMED_BY_ARGUMENT if mesh == 'Auto, mesh=' else LAYOUTS)
+# The others are combinations of these, and mesh= gives the constraint of jax.set_mesh.
+BY_DEFAULT = [
+    'replicated',
+    'by rows',
+    'two axes, by rows',
+    'two axes, by rows along the batch',
+    'two axes, all over both',
 ]
+NAMED_BY_ARGUMENT = ['by rows', 'two axes, all over both']
 
 
-@pytest.mark.parametrize(('shape', 'spec', 'batch_spec', 'axis_type', 'named_by'), CASES)
-def test_the_step_is_that_of_one_device_and_moves_and_copies_no_table(
+def cases():
+    for mesh in MESHES:
+        by_default = NAMED_BY_ARGUMENT if mesh == 'Auto, mesh=' else BY_DEFAULT
+        for layout in LAYOUTS:
+            marks = () if layout in by_default else pytest.mark.slow
+            yield pytest.param(*LAYOUTS[layout], *MESHES[mesh], id=f'{mesh}, {layout}', marks=marks)
+
+
+@pytest.mark.parametrize(('shape', 'spec', 'batch_spec', 'axis_type', 'named_by'), [*cases()])
+def test_the_step_equals_the_step_of_one_device_and_moves_no_table(
     one_device, shape, spec, batch_spec, axis_type, named_by
 ):
     (table, state, x, labels), expected = one_device

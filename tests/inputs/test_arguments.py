@@ -71,6 +71,31 @@ def test_wrong_arguments_are_named(function, changed, error, message, traced):
 
 
 @pytest.mark.parametrize('function', [clj.center_loss, clj.center_loss_and_rows])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        pytest.param({'reduce_fn': 'mean'}, r"reduce_fn.*'mean'", id='reduce_fn that is no function'),
+        pytest.param({'axis_name': 0}, 'axis_name.*got 0', id='axis_name that is no name'),
+        pytest.param({'axis_name': ('batch', 0)}, r'axis_name.*\(.batch., 0\)', id='axis_name with a number'),
+    ],
+)
+def test_options_of_another_type_are_named(function, options, message):
+    with pytest.raises(TypeError, match=message):
+        function(X, CENTERS, LABELS, **options)
+
+
+def test_an_argument_that_is_no_array_is_named():
+    with pytest.raises(TypeError, match=r'\bx\b.*str'):
+        clj.center_loss('features', CENTERS, LABELS)  # pyright: ignore[reportArgumentType]  # the error under test
+
+
+def test_more_classes_than_int32_can_number_are_an_error():
+    x, centers = jax.ShapeDtypeStruct((4, 1), jnp.float32), jax.ShapeDtypeStruct((2**31 - 1, 1), jnp.float32)
+    with pytest.raises(ValueError, match=r'centers.*2147483647'):
+        jax.eval_shape(clj.center_loss, x, centers, LABELS)
+
+
+@pytest.mark.parametrize('function', [clj.center_loss, clj.center_loss_and_rows])
 def test_one_trace_serves_every_step(function):
     traced = chex.assert_max_traces(function, n=1)
     step = jax.jit(traced)
@@ -156,8 +181,14 @@ RESULTS = {
 
 
 @pytest.mark.parametrize(('function', 'expected'), RESULTS.values(), ids=RESULTS.keys())
-@pytest.mark.parametrize('shape', [(), (2, 4)], ids=['one example', 'sequences'])
-@pytest.mark.parametrize('traced', [False, True], ids=['eager', 'traced'])
+@pytest.mark.parametrize(
+    ('shape', 'traced'),
+    [
+        pytest.param((), True, id='one example, traced'),
+        pytest.param((2, 4), True, id='sequences, traced'),
+        pytest.param((2, 4), False, id='sequences, eager'),
+    ],
+)
 def test_results_have_the_documented_shapes_and_dtypes(function, expected, shape, traced):
     arrays = make_problem(leading=shape, dtype=np.float32).arrays
     results = jax.eval_shape(function, *arrays) if traced else function(*arrays)

@@ -327,6 +327,11 @@ class TestCheckLabels:
         with pytest.raises(ValueError, match=r'255'):
             clj.check_labels(np.array([100, 255], np.uint8), 255)
 
+    @pytest.mark.parametrize('num_classes', [0, -3])
+    def test_needs_at_least_one_class(self, num_classes):
+        with pytest.raises(ValueError, match=f'num_classes.*{num_classes}'):
+            clj.check_labels([-1], num_classes)
+
     @pytest.mark.parametrize('dtype', [np.float32, bool])
     def test_only_integers_are_labels(self, dtype):
         with pytest.raises(TypeError, match=f'labels.*{np.dtype(dtype)}'):

@@ -213,3 +213,8 @@ def test_a_step_keeps_the_shapes_and_dtypes_of_the_state():
     updates, new_state = jax.eval_shape(transform.update, grads, state, model)
     assert isinstance(updates['centers'], clj.RowUpdates)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+def test_an_optimizer_that_is_none_of_optax_is_an_error():
+    with pytest.raises(TypeError, match=r'optimizer.*0\.1'):
+        clj.with_centers(0.1)  # pyright: ignore[reportArgumentType]  # the error under test

@@ -234,6 +234,12 @@ def test_an_alpha_outside_of_0_to_1_is_an_error(make, alpha):
         make(alpha)
 
 
+@pytest.mark.parametrize('alpha', [np.array([0.5, 0.5]), 'half'], ids=repr)
+def test_an_alpha_that_is_no_number_is_an_error(alpha):
+    with pytest.raises(TypeError):
+        clj.center_update(alpha)
+
+
 @pytest.mark.parametrize('alpha', [0.3, optax.linear_schedule(1.0, 0.0, 10)], ids=['number', 'schedule'])
 def test_alpha_may_be_an_injected_hyperparameter(alpha):
     alphas = [0.3] * 4 if alpha == 0.3 else [1.0, 0.9, 0.8, 0.7]
@@ -254,7 +260,7 @@ def test_an_injected_alpha_may_change_between_steps():
 
 def test_a_float32_table_moves_by_the_float32_amount_of_narrow_features():
     x, centers = jnp.full((1, 2), 100.5, jnp.bfloat16), jnp.full((3, 2), 100.0)
-    moved, _ = jitted(x, centers, [1])
+    moved, _ = jitted(x, centers, np.array([1]))
     chex.assert_type(moved, jnp.float32)
     np.testing.assert_array_equal(moved, [[100, 100], [100.125, 100.125], [100, 100]])
 
@@ -266,8 +272,8 @@ def test_a_narrow_table_rounds_the_whole_move_of_a_class_once():
     chex.assert_type(moved, jnp.bfloat16)
     np.testing.assert_array_equal(moved.astype(jnp.float32), [[100, 100], [100.5, 100.5], [100, 100]])
     # Half a unit in the last place is 1/4 here, and a smaller move is lost.
-    stalled, _ = jitted(x[:1] - 0.5, centers, [1])
+    stalled, _ = jitted(x[:1] - 0.5, centers, np.array([1]))
     np.testing.assert_array_equal(stalled, centers)
     # The unit of float16 at 100 is 1/16.
-    moved, _ = jitted(x[:1] - 0.5, centers.astype(jnp.float16), [1])
+    moved, _ = jitted(x[:1] - 0.5, centers.astype(jnp.float16), np.array([1]))
     np.testing.assert_array_equal(moved, jnp.array([[100, 100], [100.125, 100.125], [100, 100]], jnp.float16))
