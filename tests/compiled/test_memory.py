@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import centerloss_jax as clj
-from centerloss_jax import _replicas
+from centerloss_jax import _tables
 from tests.support.programs import MB, memory, shapes
 from tests.support.steps import linen_state, linen_step, nnx_pair, nnx_step
 
@@ -132,4 +132,4 @@ def test_nearest_center_holds_no_matrix_of_all_distances():
 
 def test_check_replicas_reads_a_table_without_a_copy():
     (table,) = shapes(((1, 100_000, 64), jnp.float32))
-    assert memory(_replicas._checksums, table).temp_size_in_bytes < MB
+    assert memory(_tables._checksums, table).temp_size_in_bytes < MB
