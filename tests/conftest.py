@@ -1,4 +1,4 @@
-"""What the whole suite shares: eight CPU devices, one worked example, one way to run on several devices."""
+"""Eight CPU devices, a worked example, and a fixture that runs a function on several devices."""
 
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -8,21 +8,24 @@ import jax
 import numpy as np
 import pytest
 
-# Before anything asks for a device: the number is fixed from then on.
+# JAX fixes the number of devices when the first one is used.
 jax.config.update('jax_num_cpu_devices', 8)
 
-# Many tests compile the same program, a run of an experiment above all: only the first of a process pays for it.
+# Many tests compile the same program: only the first test of a process pays for it.
 COMPILED = TemporaryDirectory(prefix='compiled')
 jax.config.update('jax_compilation_cache_dir', COMPILED.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
-# Every new shape is a compilation, so few examples; derandomized, so that a failure is one for everybody.
+# The tests run each program a few times: LLVM's optimizations would cost more than they save. tests/compiled has them.
+jax.config.update('jax_disable_most_optimizations', True)
+
+# Few examples, since a new shape is a compilation. Derandomized, so that everybody sees the same failure.
 hypothesis.settings.register_profile('suite', max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile('suite')
 
 
 class WorkedExample(NamedTuple):
-    """A batch small enough to check by hand; `moved` is Eq. 4 of the paper with alpha 0.5."""
+    """A batch that can be checked by hand. `moved` holds the centers after Eq. 4 of the paper with alpha 0.5."""
 
     x: np.ndarray
     centers: np.ndarray
@@ -50,33 +53,29 @@ def _pmap(fn, _):
     return jax.pmap(fn, in_axes=(0, None), axis_name='batch')
 
 
-def _shard_map(check_vma):
-    def over(fn, num_devices):
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ('batch',))
+def _shard_map(fn, num_devices):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ('batch',))
 
-        def local(batch, replicated):
-            out = fn(jax.tree.map(lambda a: a[0], batch), replicated)
-            return jax.tree.map(lambda a: a[None], out)
+    def local(batch, replicated):
+        out = fn(jax.tree.map(lambda a: a[0], batch), replicated)
+        return jax.tree.map(lambda a: a[None], out)
 
-        specs = (jax.P('batch'), jax.P())
-        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P('batch'), check_vma=check_vma)
-        return jax.jit(mapped)
-
-    return over
+    specs = (jax.P('batch'), jax.P())
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P('batch')))
 
 
+# jax.pmap is a jax.shard_map without the replication check.
 @pytest.fixture(
     params=[
         pytest.param(_vmap, id='vmap'),
         pytest.param(_pmap, id='pmap'),
-        pytest.param(_shard_map(True), id='shard_map'),
-        pytest.param(_shard_map(False), id='shard_map_unchecked'),
+        pytest.param(_shard_map, id='shard_map'),
     ]
 )
 def per_device(request):
-    """Runs `fn(batch, replicated)` over the axis 'batch', the leading one of every array in `batch`.
+    """Runs `fn(batch, replicated)` over the axis 'batch', the leading axis of every array in `batch`.
 
-    The results are stacked, so that a test sees what each device got.
+    The results of the devices are stacked.
     """
 
     def run(fn, batch, replicated):

@@ -1,6 +1,5 @@
-"""linen.CenterLoss in a model and its stock TrainState."""
+"""linen.CenterLoss: the module, and a train step with a flax TrainState."""
 
-from functools import partial
 from typing import Any
 
 import chex
@@ -8,25 +7,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from flax import linen as nn
-from steps import center_state, linen_state, linen_step, linen_table, make_batch, update
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.steps import center_state, linen_state, linen_step, linen_table, make_batch, update
 
+jitted = jax.jit(linen_step, donate_argnums=0)
 both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
 
 
+def train_step(state, images, labels, center_weight=1.0):
+    """Runs the one compiled step of this file, which donates the state."""
+    return jitted(state, images, labels, center_weight=center_weight)
+
+
 def inference(state, images):
-    """Neither labels nor centers are at hand."""
+    """Evaluates the model without labels and without centers."""
     return state.apply_fn({'params': state.params['params'], 'batch_stats': state.batch_stats}, images)
 
 
 class TestModule:
     x, labels = np.array([[1, 2], [3, 4], [0, 1], [2, 2]], np.float32), np.array([0, 2, 1, 0])
 
-    def test_is_center_loss_and_rows_of_its_own_table(self, worked_example):
+    def test_returns_center_loss_and_rows_of_its_table(self, worked_example):
         center = clj.linen.CenterLoss(3, centers_init=lambda key, shape, dtype: worked_example.centers)
         (loss, rows), variables = center.init_with_output(jax.random.key(0), self.x, self.labels)
         assert loss == 4.75
@@ -46,7 +51,7 @@ class TestModule:
         expected = clj.center_loss_and_rows(self.x, np.zeros((3, 2), np.float32), labels, **options)
         chex.assert_trees_all_equal(got, expected)
 
-    def test_takes_the_axis_name_that_the_function_takes(self):
+    def test_passes_axis_name_on(self):
         center = clj.linen.CenterLoss(3)
         variables = center.init(jax.random.key(0), self.x, self.labels)
         with pytest.raises(NameError, match=r"axis_name='btach'"):
@@ -90,14 +95,15 @@ class TestModule:
 
 class TestStep:
     @both_models
-    def test_centers_move_by_eq_4_from_where_the_loss_saw_them(self, batch_norm):
+    def test_centers_move_by_eq_4_from_the_centers_of_the_loss(self, batch_norm):
         images, labels = make_batch(left_out=[3])
         state = linen_state(alpha=0.5, batch_norm=batch_norm)
-        new, _ = jax.jit(linen_step)(state, images, labels)
-        features = -self.rows(state, images, labels).values  # the table is zero
-        expected = oracle.center_update(features, linen_table(state), labels, 0.5)
+        features, table = -self.rows(state, images, labels).values, np.zeros((5, 3))
+        np.testing.assert_array_equal(linen_table(state), table)
+        new, _ = train_step(state, images, labels)
+        expected = oracle.center_update(features, table, labels, 0.5)
         np.testing.assert_allclose(linen_table(new), expected, rtol=1e-5, atol=1e-6)
-        move = np.linalg.norm(linen_table(new) - linen_table(state))
+        move = np.linalg.norm(linen_table(new))
         np.testing.assert_allclose(center_state(new.opt_state).step_norm, move, rtol=1e-5)
 
     @staticmethod
@@ -108,18 +114,18 @@ class TestStep:
 
     @staticmethod
     def collections(state):
-        """As NumPy arrays, which no donation takes away."""
+        """Returns the collections as NumPy copies, which donation does not delete."""
         return jax.tree.map(np.asarray, {**state.params, 'batch_stats': state.batch_stats})
 
     @both_models
     def test_training_needs_only_batch_stats_mutable_and_evaluation_no_centers(self, batch_norm):
         batch, state = make_batch(), linen_state(batch_norm=batch_norm)
-        step, losses = jax.jit(linen_step, donate_argnums=0), []
+        losses = []
         for _ in range(30):
             before = self.collections(state)
             inference(state, batch.images)
             chex.assert_trees_all_equal(self.collections(state), before)
-            state, loss = step(state, *batch)
+            state, loss = train_step(state, *batch)
             after = self.collections(state)
             for collection in before:
                 for old, new in zip(*map(jax.tree.leaves, (before[collection], after[collection])), strict=True):
@@ -141,18 +147,16 @@ class TestStep:
         assert center_state(state.opt_state).count == 4
         chex.clear_trace_counter()
 
-    def test_a_short_batch_filled_up_is_the_short_batch(self):
+    def test_a_padded_batch_equals_the_short_batch(self):
         images, labels = make_batch(left_out=[5, 6, 7])
-        filled, loss = jax.jit(linen_step)(linen_state(), images, labels)
-        short, expected_loss = jax.jit(linen_step)(linen_state(), images[:5], labels[:5])
+        padded, loss = train_step(linen_state(), images, labels)
+        short, expected_loss = train_step(linen_state(), images[:5], labels[:5])
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-        chex.assert_trees_all_close(filled.params, short.params, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(padded.params, short.params, rtol=1e-5, atol=1e-6)
 
     def test_centers_do_not_depend_on_the_weight_of_the_loss(self):
         batch = make_batch()
-        weak, strong = (
-            jax.jit(partial(linen_step, center_weight=weight))(linen_state(), *batch)[0] for weight in (1e-4, 10.0)
-        )
+        weak, strong = (train_step(linen_state(), *batch, weight)[0] for weight in (1e-4, 10.0))
         np.testing.assert_array_equal(linen_table(weak), linen_table(strong))
         assert np.any(linen_table(weak) != 0)
         kernels = (np.asarray(state.params['params']['Dense_0']['kernel']) for state in (weak, strong))
@@ -168,7 +172,7 @@ class TestStep:
             state.apply_gradients(grads=grads)
 
 
-def test_the_module_may_be_deep_in_the_model_and_used_twice():
+def test_the_module_may_be_nested_and_called_twice():
     class Head(nn.Module):
         @nn.compact
         def __call__(self, x, labels):

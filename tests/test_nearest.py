@@ -1,4 +1,4 @@
-"""nearest_center: exact distances in blocks of classes, without the [B, C] matrix."""
+"""nearest_center: exact squared distances, and the lowest class of equal ones."""
 
 from functools import partial
 
@@ -8,11 +8,14 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
+from jax import P
+from jax.sharding import AxisType, NamedSharding
 from numpy.typing import DTypeLike
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.programs import collective_sizes
 
 
 def make_features(seed=0, leading=(7,), num_classes=11, num_features=3, dtype: DTypeLike = np.float32):
@@ -60,16 +63,16 @@ def test_large_norms_in_float32_keep_their_digits():
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(2, 8))
     directions *= 1e4 / np.linalg.norm(directions, axis=-1, keepdims=True)
-    # Two groups of centers, far from the origin and from each other: within a group they lie a few hundredths
-    # apart, so the expanded square cannot tell them apart about any one origin.
+    # Two groups of centers, far from the origin and from each other. Within a group they are a few hundredths apart,
+    # which the expanded square rounds away about any origin.
     centers = directions[np.arange(11) % 2] + rng.normal(scale=1e-2, size=(11, 8))
     centers = centers.astype(np.float32)
-    own = rng.permutation(np.arange(55) % 11)
-    x = (centers[own] + rng.normal(scale=2e-3, size=(55, 8))).astype(np.float32)
-    labels, distances = clj.nearest_center(x, centers, block_size=4)
+    true_labels = rng.permutation(np.arange(55) % 11)
+    x = (centers[true_labels] + rng.normal(scale=2e-3, size=(55, 8))).astype(np.float32)
+    labels, distances = jitted(x, centers, block_size=4)
     expected_labels, expected_distances = oracle.nearest_center(x, centers)
     np.testing.assert_array_equal(labels, expected_labels)
-    np.testing.assert_array_equal(labels, own)
+    np.testing.assert_array_equal(labels, true_labels)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-5)
     expanded = (x**2).sum(-1)[:, None] + (centers**2).sum(-1) - 2 * x @ centers.T
     assert np.abs(expanded.min(axis=1) - expected_distances).max() > expected_distances.max()
@@ -77,8 +80,8 @@ def test_large_norms_in_float32_keep_their_digits():
 
 @pytest.mark.parametrize('block_size', [4, 64])
 @pytest.mark.parametrize('spread', [0.3, 1.0, 3.0])
-def test_rounding_of_large_norms_never_decides(spread, block_size):
-    # Distances about as large as what the squares of the norms lose: half right is where an error hides.
+def test_rounding_of_large_norms_never_changes_the_label(spread, block_size):
+    # Distances about as large as the rounding error of the squared norms, where some labels would be right by chance.
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(2, 8))
     directions *= 1e4 / np.linalg.norm(directions, axis=-1, keepdims=True)
@@ -101,7 +104,7 @@ def test_half_precision_accumulates_in_float32(dtype):
 
 
 @pytest.mark.parametrize('block_size', [1, 4, 64])
-def test_a_pad_row_is_never_the_nearest(block_size):
+def test_a_padding_row_is_never_the_nearest(block_size):
     x, centers = make_features()
     x[1], x[2], x[3], x[4] = np.nan, np.inf, -np.inf, 3e38
     padded = np.concatenate([centers, np.full((5, 3), np.inf, np.float32)])
@@ -136,7 +139,7 @@ def test_a_center_that_is_not_finite_is_never_the_nearest(content, block_size):
 
 @pytest.mark.parametrize('place', [0, 5, 10])
 @pytest.mark.parametrize('far', [1e8, 1e12, 1e20, 3e38])
-def test_one_center_far_away_changes_nothing_for_the_others(far, place):
+def test_one_center_far_away_does_not_change_the_others(far, place):
     x, centers = make_features()
     centers[place] = far
     labels, distances = jitted(x, centers, block_size=4)
@@ -146,7 +149,7 @@ def test_one_center_far_away_changes_nothing_for_the_others(far, place):
 
 
 @pytest.mark.parametrize('far', [1e8, 1e18, 1e25, 3e38])
-def test_an_example_far_away_beside_its_center(far):
+def test_an_example_far_away_has_the_center_at_its_place(far):
     x, centers = make_features()
     x[3] = centers[7] = far
     labels, distances = map(np.asarray, jitted(x, centers, block_size=4))
@@ -158,21 +161,12 @@ def test_an_example_far_away_beside_its_center(far):
     np.testing.assert_allclose(distances[others], expected_distances, rtol=1e-6)
 
 
-def test_passes_under_debug_nans_with_pad_rows():
+def test_padding_rows_pass_under_debug_nans():
     x, centers = make_features()
     padded = np.concatenate([centers, np.full((5, 3), np.inf, np.float32)])
     with jax.debug_nans(True):
         labels, _ = clj.nearest_center(x, padded, block_size=4)
     np.testing.assert_array_equal(labels, oracle.nearest_center(x, centers)[0])
-
-
-def test_memory_does_not_hold_the_matrix_of_all_distances():
-    batch, num_classes = 256, 100_000
-    x = jax.ShapeDtypeStruct((batch, 8), jnp.float32)
-    centers = jax.ShapeDtypeStruct((num_classes, 8), jnp.float32)
-    memory = jax.jit(clj.nearest_center).lower(x, centers).compile().memory_analysis()
-    assert memory is not None
-    assert memory.temp_size_in_bytes < 4 * batch * num_classes / 8
 
 
 X, CENTERS = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32)
@@ -199,9 +193,9 @@ def test_wrong_arguments_are_named(changed, error, message):
         jax.eval_shape(partial(clj.nearest_center, **arguments), x, centers)
 
 
-@pytest.mark.parametrize('block_size', [1, 7, 64, 1024])
-def test_centers_that_coincide_are_told_by_their_class(block_size):
-    # More of them than are measured one by one, with a nearer one behind them.
+@pytest.mark.parametrize('block_size', [7, 1024])
+def test_of_centers_that_coincide_the_lowest_class_wins(block_size):
+    # More candidates than are measured one by one, and a nearer center after them.
     rng = np.random.default_rng(0)
     x = rng.normal(size=(9, 4)).astype(np.float32)
     zeros = np.zeros((100, 4), np.float32)
@@ -215,7 +209,7 @@ def test_centers_that_coincide_are_told_by_their_class(block_size):
 
 
 @pytest.mark.parametrize('content', [0, np.nan, np.inf])
-def test_two_tight_clusters_far_apart_and_a_center_that_is_none(content):
+def test_two_tight_clusters_far_apart_and_a_center_that_is_not_finite(content):
     rng = np.random.default_rng(0)
     table = 1e4 * np.where(np.arange(200) % 2, 1, -1)[:, None] + 1e-2 * rng.normal(size=(200, 8))
     x = (table[rng.integers(0, 200, 50)] + 1e-2 * rng.normal(size=(50, 8))).astype(np.float32)
@@ -225,3 +219,45 @@ def test_two_tight_clusters_far_apart_and_a_center_that_is_none(content):
     labels, distances = clj.nearest_center(x, table)
     np.testing.assert_array_equal(labels, np.nanargmin(expected, axis=1))
     np.testing.assert_allclose(distances, np.nanmin(expected, axis=1), rtol=1e-5)
+
+
+BOTH = ('data', 'classes')
+LAYOUTS = [
+    (P(), P(BOTH)),
+    (P('classes', None), P(BOTH)),
+    (P('classes', None), P('data')),
+    (P('data', None), P(BOTH)),
+    (P(BOTH, None), P(BOTH)),
+]
+
+
+@pytest.fixture(scope='module')
+def on_one_device():
+    rng = np.random.default_rng(1)
+    x, centers = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=(4093, 3)).astype(np.float32)
+    return x, centers, oracle.nearest_center(x, centers)
+
+
+@pytest.mark.parametrize(
+    ('axis_type', 'spec', 'batch_spec'),
+    [*((AxisType.Auto, *layout) for layout in LAYOUTS), *((AxisType.Explicit, *layout) for layout in LAYOUTS[1:3])],
+    ids=str,
+)
+def test_the_nearest_center_is_the_same_on_a_mesh_and_no_table_travels(on_one_device, axis_type, spec, batch_spec):
+    x, centers, (expected_labels, expected_distances) = on_one_device
+    mesh = jax.make_mesh((2, 4), BOTH, axis_types=(axis_type,) * 2)
+    table = clj.shard_centers(centers, NamedSharding(mesh, spec))
+    batch = jax.device_put(x, NamedSharding(mesh, batch_spec))
+    compiled = jax.jit(clj.nearest_center).lower(batch, table).compile()
+    labels, distances = compiled(batch, table)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+    assert max(collective_sizes(compiled), default=0) < 512  # a device's shard of the table has 1,536 numbers
+
+
+def test_every_device_searches_the_whole_table(per_device):
+    x, centers = make_features(leading=(2, 7))
+    labels, distances = per_device(lambda x, centers: clj.nearest_center(x, centers, block_size=4), x, centers)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""nnx.CenterLoss in a model and its stock nnx.Optimizer, in Flax's graph mode and in its tree mode."""
+"""nnx.CenterLoss: the module, and a train step with nnx.Optimizer in graph mode and in tree mode."""
 
 from functools import partial
 from typing import Any
@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from flax import nnx
-from steps import (
+
+import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.steps import (
+    SGD,
     NnxModel,
     center_state,
     jit_nnx_step,
@@ -20,9 +23,8 @@ from steps import (
     nnx_pair,
     nnx_step,
     nnx_table,
+    softmax_loss,
 )
-
-import centerloss_jax as clj
 
 both_modes = pytest.mark.parametrize('graph', [True, False], ids=['graph', 'tree'])
 both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
@@ -31,7 +33,7 @@ both_models = pytest.mark.parametrize('batch_norm', [False, True], ids=['plain',
 class TestModule:
     x, labels = np.array([[1, 2], [3, 4], [0, 1], [2, 2]], np.float32), np.array([0, 2, 1, 0])
 
-    def test_is_center_loss_and_rows_of_its_own_table(self, worked_example):
+    def test_returns_center_loss_and_rows_of_its_table(self, worked_example):
         center = clj.nnx.CenterLoss(
             3, 2, centers_init=lambda key, shape, dtype: jnp.asarray(worked_example.centers), rngs=nnx.Rngs(0)
         )
@@ -53,7 +55,7 @@ class TestModule:
             center(self.x, labels, axis_name='btach')
 
     def test_centers_are_variables_of_their_own_type(self):
-        # A filter for parameters must not find the table: Adam would make two more of it.
+        # If a filter for nnx.Param found the table, Adam would keep two more of its size.
         center = clj.nnx.CenterLoss(3, 2, rngs=nnx.Rngs(0))
         assert not jax.tree.leaves(nnx.state(center, nnx.Param))
         assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(center, clj.nnx.Centers))] == [(3, 2)]
@@ -68,6 +70,11 @@ class TestModule:
         assert jnp.any(center.centers[...] != other.centers[...])
         loss, _ = center(self.x.astype(jnp.bfloat16), self.labels)
         chex.assert_type(loss, jnp.float32)
+
+    @pytest.mark.parametrize(('num_classes', 'num_features'), [(0, 2), (3, -1)])
+    def test_needs_at_least_one_class_and_one_feature(self, num_classes, num_features):
+        with pytest.raises(ValueError, match=f'num_classes.*num_features.*{num_classes} and {num_features}'):
+            clj.nnx.CenterLoss(num_classes, num_features, rngs=nnx.Rngs(0))
 
     def test_centers_start_at_zero_in_float32(self):
         centers = clj.nnx.CenterLoss(7, 2, rngs=nnx.Rngs(0)).centers[...]
@@ -91,7 +98,7 @@ class TestModule:
 @both_modes
 class TestStep:
     @both_models
-    def test_centers_move_by_eq_4_from_where_the_loss_saw_them(self, graph, batch_norm):
+    def test_centers_move_by_eq_4_from_the_centers_of_the_loss(self, graph, batch_norm):
         images, labels = make_batch(left_out=[3])
         model, optimizer = nnx_pair(alpha=0.5, graph=graph, batch_norm=batch_norm)
         model.center.centers[...] = jax.random.normal(jax.random.key(7), (5, 3))
@@ -105,7 +112,7 @@ class TestStep:
         np.testing.assert_allclose(state.step_norm, np.linalg.norm(nnx_table(model) - before), rtol=1e-5)
 
     @both_models
-    def test_evaluation_changes_nothing_and_training_everything(self, graph, batch_norm):
+    def test_evaluation_changes_nothing_and_training_changes_every_variable(self, graph, batch_norm):
         batch = make_batch()
         model, optimizer = nnx_pair(graph=graph, batch_norm=batch_norm)
         step, losses = jit_nnx_step(graph=graph), []
@@ -143,7 +150,7 @@ class TestStep:
         models = []
         for weight in (1e-4, 10.0):
             model, optimizer = nnx_pair(graph=graph)
-            jit_nnx_step(graph=graph, center_weight=weight)(model, optimizer, *make_batch())
+            jit_nnx_step(graph=graph)(model, optimizer, *make_batch(), weight)
             models.append(model)
         weak, strong = models
         np.testing.assert_array_equal(nnx_table(weak), nnx_table(strong))
@@ -158,8 +165,109 @@ class TestStep:
         assert shapes[0] == shapes[1]
 
     @pytest.mark.parametrize('wrt', [nnx.Param, (nnx.Param, nnx.BatchStat)], ids=['Param', 'all but Centers'])
-    def test_an_optimizer_that_is_not_told_of_centers_is_an_error(self, graph, wrt):
-        # nnx.Optimizer drops what wrt leaves out, and the centers would never move.
+    def test_an_optimizer_whose_wrt_does_not_name_centers_is_an_error(self, graph, wrt):
+        # nnx.Optimizer drops gradients that wrt does not name, and the centers would never move.
         model = NnxModel(batch_norm=True, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r'wrt=\(nnx.Param, centerloss_jax.nnx.Centers\)'):
             nnx.Optimizer(model, clj.with_centers(optax.adam(1e-3)), wrt=wrt, graph=graph)
+
+
+def gradients(model, batch, graph):
+    def loss_fn(model):
+        logits, center, rows = model(*batch)
+        return softmax_loss(logits, batch.labels) + center, rows
+
+    (_, rows), grads = nnx.value_and_grad(loss_fn, has_aux=True, graph=graph)(model)
+    return grads, rows
+
+
+def as_a_state_of_params(grads, rows):
+    # In tree mode the gradients hold centers and batch statistics too, and this leaves them out.
+    grads = nnx.state(grads, nnx.Param)
+    grads['center'] = {'centers': clj.nnx.Centers(rows)}
+    return grads
+
+
+def as_an_attribute(grads, rows):
+    grads.center = {'centers': clj.nnx.Centers(rows)}
+    return grads
+
+
+def as_an_item(grads, rows):
+    grads['center'] = {'centers': clj.nnx.Centers(rows)}
+    return grads
+
+
+PLACED = {
+    'attribute, graph': (as_an_attribute, True),
+    'attribute, tree': (as_an_attribute, False),
+    'state of params, graph': (as_a_state_of_params, True),
+    'state of params, tree': (as_a_state_of_params, False),
+    'item, graph': (as_an_item, True),
+}
+
+
+@pytest.mark.parametrize(('place', 'graph'), PLACED.values(), ids=PLACED.keys())
+def test_rows_may_be_placed_beside_the_gradients(place, graph):
+    batch, (model, optimizer) = make_batch(), nnx_pair(SGD, graph=graph, batch_norm=True)
+    expected, reference = nnx_pair(SGD, graph=graph, batch_norm=True)
+    jit_nnx_step(graph=graph)(expected, reference, *batch)
+    optimizer.update(model, place(*gradients(model, batch, graph)))
+    chex.assert_trees_all_close(nnx_arrays(model), nnx_arrays(expected), rtol=1e-5, atol=1e-6)
+    assert np.any(nnx_table(model) != 0)
+
+
+def _set(value):
+    def place(grads, rows):
+        grads.center = {} if value is None else {'centers': value(rows)}
+
+    return place
+
+
+LOST = {
+    'forgotten': lambda grads, rows: None,
+    'not wrapped': _set(lambda rows: rows),
+    'wrapped in a type that wrt leaves out': _set(nnx.Variable),
+    'an empty entry': _set(None),
+}
+
+
+@both_modes
+@pytest.mark.parametrize('place', LOST.values(), ids=LOST.keys())
+def test_rows_that_the_optimizer_would_lose_are_an_error(place, graph):
+    model, optimizer = nnx_pair(graph=graph)
+    before = nnx_arrays(model)
+    grads, rows = gradients(model, make_batch(), graph)
+    place(grads, rows)
+    with pytest.raises(ValueError, match=r'no centers.*wrt.*centerloss_jax.nnx.Centers\(rows\)'):
+        optimizer.update(model, grads)
+    chex.assert_trees_all_equal(nnx_arrays(model), before)
+
+
+class TwoTables(NnxModel):
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
+        self.other = clj.nnx.CenterLoss(4, 6, rngs=rngs)
+
+
+# In tree mode the gradients hold an entry for the forgotten table too, and an optimizer without a state, such as sgd,
+# would take it for a parameter. A state of params does not have it.
+@pytest.mark.parametrize(
+    ('optimizer', 'place', 'graph'),
+    [
+        pytest.param(optax.adam(1e-2), as_an_attribute, True, id='adam, attribute, graph'),
+        pytest.param(optax.adam(1e-2), as_an_attribute, False, id='adam, attribute, tree'),
+        pytest.param(optax.sgd(0.1), as_an_attribute, True, id='sgd, attribute, graph'),
+        pytest.param(optax.sgd(0.1), as_a_state_of_params, True, id='sgd, state of params, graph'),
+        pytest.param(optax.sgd(0.1), as_a_state_of_params, False, id='sgd, state of params, tree'),
+    ],
+)
+def test_rows_for_one_of_two_tables_are_an_error(optimizer, place, graph):
+    model = TwoTables(rngs=nnx.Rngs(0))
+    transform = clj.with_centers(optimizer)
+    optimizer = nnx.Optimizer(model, transform, wrt=(nnx.Param, clj.nnx.Centers), graph=graph)
+    before = nnx_arrays(model)
+    grads = place(*gradients(model, make_batch(), graph))
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.update(model, grads)
+    chex.assert_trees_all_equal(nnx_arrays(model), before)

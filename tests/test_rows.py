@@ -1,4 +1,4 @@
-"""RowUpdates: rows that are added to a table, and that no gradient arithmetic may turn into other rows."""
+"""RowUpdates and concatenate_rows: rows are added to a table, and gradient arithmetic never moves another row."""
 
 import operator
 from typing import Any
@@ -10,32 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from problems import make_problem, problems
-from updates import move
 
 import centerloss_jax as clj
+from tests.support import oracle
+from tests.support.rows import IS_REFUSED, MOVES_NOTHING, TABLE, make_rows
+from tests.support.steps import move
 
-TABLE = np.random.default_rng(0).normal(1, 2, (17, 3)).astype(np.float32)
-
-
-def make_rows(*indices, seed=1, num_features=3) -> Any:
-    """Any, since optax's types do not know rows."""
-    values = np.random.default_rng(seed).normal(size=(len(indices), num_features)).astype(np.float32)
-    return clj.RowUpdates(jnp.array(indices, jnp.int32), jnp.asarray(values))
-
-
-def jitted_sum(table, rows):
-    return jax.jit(lambda table, rows: table + rows)(table, rows)
-
-
-both_sums = pytest.mark.parametrize('add', [lambda table, rows: table + rows, jitted_sum], ids=['eager', 'jit'])
-both_tables = pytest.mark.parametrize('as_table', [np.asarray, jnp.asarray], ids=['numpy', 'jax'])
+jitted_sum = jax.jit(operator.add)
+SUMS = {
+    'numpy': operator.add,
+    'jax': lambda table, rows: operator.add(jnp.asarray(table), rows),
+    'jit': jitted_sum,
+}
+all_sums = pytest.mark.parametrize('add', SUMS.values(), ids=SUMS.keys())
+eager_and_jit = pytest.mark.parametrize('add', [operator.add, jitted_sum], ids=['eager', 'jit'])
 
 
-@both_sums
-@both_tables
+@all_sums
 @pytest.mark.parametrize(
     'indices',
     [
@@ -46,16 +38,16 @@ both_tables = pytest.mark.parametrize('as_table', [np.asarray, jnp.asarray], ids
         pytest.param([4, -1, -17, -(2**31)], id='negative'),
     ],
 )
-def test_rows_are_added_where_their_indices_say_and_nowhere_else(as_table, add, indices):
+def test_rows_are_added_where_their_indices_say_and_nowhere_else(add, indices):
     rows = make_rows(*indices)
-    total = add(as_table(TABLE), rows)
+    total = add(TABLE, rows)
     assert isinstance(total, jax.Array)
     np.testing.assert_allclose(total, oracle.add_rows(TABLE, indices, rows.values), rtol=1e-6)
     untouched = [j for j in range(17) if j not in indices]
     np.testing.assert_array_equal(np.asarray(total)[untouched], TABLE[untouched])
 
 
-@both_sums
+@eager_and_jit
 @pytest.mark.parametrize(
     'indices',
     [
@@ -88,7 +80,7 @@ def test_the_table_keeps_its_dtype(dtype):
 
 
 def test_optax_apply_updates_computes_p_plus_u():
-    # Optax's habit and not its promise: the day this fails, with_centers needs another way into the table.
+    # Optax does not promise this. If it changes, with_centers needs another way to update the table.
     params = {'kernel': jnp.ones(5), 'centers': jnp.asarray(TABLE)}
     rows = make_rows(4, 0, 4)
     new: Any = optax.apply_updates(params, {'kernel': jnp.full(5, 0.5), 'centers': rows})
@@ -119,60 +111,37 @@ def test_rows_are_a_pytree():
     ],
     ids=lambda values: str(values.shape),
 )
-@both_tables
-def test_rows_that_do_not_fit_the_table_are_an_error(as_table, values):
+@all_sums
+def test_rows_that_do_not_fit_the_table_are_an_error(add, values):
     with pytest.raises(ValueError, match=r'[Rr]ow'):
-        operator.add(as_table(TABLE), clj.RowUpdates(jnp.array([4, 0]), jnp.asarray(values)))
+        add(TABLE, clj.RowUpdates(jnp.array([4, 0]), jnp.asarray(values)))
+
+
+def test_rows_of_integers_are_an_error():
+    with pytest.raises(TypeError, match=r'values of RowUpdates.*int32\[2,3\]'):
+        operator.add(TABLE, clj.RowUpdates(jnp.array([4, 0]), jnp.ones((2, 3), jnp.int32)))
 
 
 @pytest.mark.parametrize('other', [0, 1.0, np.float32(0), np.zeros(3, np.float32)], ids=repr)
 def test_only_a_table_takes_rows(other):
-    # sum([rows, rows]) begins with 0 + rows.
+    # sum([rows, rows]) starts with 0 + rows.
     with pytest.raises((TypeError, ValueError), match=r'RowUpdates|rows|table'):
         operator.add(other, make_rows(4, 0))
 
 
-# What users do to a whole tree of gradients. Each must leave every row of the table where it was.
-MOVES_NOTHING = {
-    'added': lambda a, b: jax.tree.map(jnp.add, a, b),
-    'added to itself': lambda a, b: jax.tree.map(jnp.add, a, a),
-    'added twice': lambda a, b: jax.tree.map(lambda *leaves: sum(leaves), a, b, a),
-    'subtracted': lambda a, b: jax.tree.map(jnp.subtract, a, b),
-    'times an integer': lambda a, b: jax.tree.map(lambda leaf: 2 * leaf, a),
-    'negated': lambda a, b: jax.tree.map(jnp.negative, a),
-    'zeroed': lambda a, b: jax.tree.map(jnp.zeros_like, a),
-    'multiplied': lambda a, b: jax.tree.map(jnp.multiply, a, b),
-    'squared': lambda a, b: jax.tree.map(jnp.square, a),
-    'clipped to whole numbers': lambda a, b: optax.clip(1).update(a, optax.EmptyState())[0],
-    'reduced to signs': lambda a, b: jax.tree.map(jnp.sign, a),
-}
-
-IS_REFUSED = {
-    'averaged': lambda a, b: jax.tree.map(lambda p, q: (p + q) / 2, a, b),
-    'interpolated': lambda a, b: jax.tree.map(lambda p, q: 0.5 * p + 0.5 * q, a, b),
-    'scaled by a number': lambda a, b: jax.tree.map(lambda leaf: 0.1 * leaf, a),
-    'scaled by an array': lambda a, b: jax.tree.map(lambda leaf: jnp.float32(1) * leaf, a),
-    'clipped': lambda a, b: jax.tree.map(lambda leaf: jnp.clip(leaf, -1.0, 1.0), a),
-    'cast': lambda a, b: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), a),
-}
-
-
-@both_sums
-@both_tables
+@all_sums
 @pytest.mark.parametrize('arithmetic', MOVES_NOTHING.values(), ids=MOVES_NOTHING.keys())
-def test_rows_that_arithmetic_has_changed_move_nothing(arithmetic, as_table, add):
-    # 7 + 7 is 14, 3 + 4 is 7 and 1 · 1 is 1: rows that the table has.
+def test_rows_that_arithmetic_has_changed_move_nothing(arithmetic, add):
     summed = arithmetic(make_rows(7, 3, 1), make_rows(7, 4, 1, seed=2))
-    np.testing.assert_array_equal(add(as_table(TABLE), summed), TABLE)
+    np.testing.assert_array_equal(add(TABLE, summed), TABLE)
 
 
-@both_sums
-@both_tables
+@all_sums
 @pytest.mark.parametrize('arithmetic', IS_REFUSED.values(), ids=IS_REFUSED.keys())
-def test_rows_that_were_scaled_are_refused(arithmetic, as_table, add):
+def test_rows_that_were_scaled_are_refused(arithmetic, add):
     scaled = arithmetic(make_rows(7, 3, 1), make_rows(7, 4, 2, seed=2))
     with pytest.raises(TypeError, match='RowUpdates'):
-        add(as_table(TABLE), scaled)
+        add(TABLE, scaled)
 
 
 def test_optax_transforms_over_the_whole_tree_move_no_center():
@@ -204,80 +173,9 @@ def test_averaged_over_devices_rows_are_refused(per_device):
         per_device(step, (np.ones((2, 2, 3), np.float32), np.full((2, 2), 3, np.int32)), TABLE)
 
 
-@jax.jit
-def added_to_zeros(x, centers, labels, **options):
-    return jnp.zeros_like(centers) + clj.center_rows(x, centers, labels, **options)
-
-
-class TestCenterRows:
-    @hypothesis.given(problem=problems)
-    def test_are_the_weighted_differences_in_float64(self, problem):
-        with jax.enable_x64(True):
-            total = added_to_zeros(*problem.arrays, **problem.options)
-        expected = oracle.center_rows(*problem.arrays, **problem.options)
-        np.testing.assert_allclose(total, expected, rtol=1e-12, atol=1e-12)
-
-    def test_point_from_the_features_to_the_center(self, worked_example):
-        rows = clj.center_rows(worked_example.x, worked_example.centers, worked_example.labels)
-        np.testing.assert_array_equal(jnp.zeros((3, 2)) + rows, [[-3, -4], [1, 0], [-1, -2]])
-
-    def test_are_as_many_as_the_batch_whatever_the_table(self):
-        x, centers, labels, _ = make_problem(leading=(2, 3), num_classes=1000, dtype=np.float32)
-        rows = clj.center_rows(x, centers, labels)
-        chex.assert_shape(rows.indices, (6,))
-        chex.assert_shape(rows.values, (6, 3))
-        assert all(leaf.size <= 18 for leaf in map(jnp.asarray, jax.tree.leaves(rows)))
-
-    def test_classes_that_are_absent_stay_to_the_bit(self):
-        x, centers, labels, options = make_problem(leading=(128,), num_classes=901, dtype=np.float32, masked=True)
-        moved = np.asarray(jnp.asarray(centers) + clj.center_rows(x, centers, labels, **options))
-        present = np.isin(np.arange(901), labels[options['where']])
-        np.testing.assert_array_equal(moved[~present], centers[~present])
-        assert np.all(np.any(moved[present] != centers[present], axis=1))
-        gradient = np.asarray(jax.grad(clj.center_loss, 1)(x, centers, labels, **options))
-        np.testing.assert_array_equal(gradient[~present], np.zeros_like(gradient[~present]))
-
-    @pytest.mark.parametrize('content', [np.nan, np.inf])
-    def test_of_dropped_examples_hold_nothing_that_is_not_finite(self, content):
-        x, centers, labels, options = make_problem(dtype=np.float32, weights='elements')
-        where = np.arange(7) != 4
-        x[[1, 4]], options['weights'][[1, 4]], labels[1] = content, content, -1
-        rows = clj.center_rows(x, centers, labels, where=where, **options)
-        chex.assert_tree_all_finite(jnp.zeros_like(centers) + rows)
-        chex.assert_tree_all_finite(rows.values)
-
-    @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16], ids=['bfloat16', 'float16'])
-    @pytest.mark.parametrize('centers_dtype', [jnp.float32, None], ids=['float32 table', 'narrow table'])
-    def test_of_half_precision_are_float32(self, dtype, centers_dtype):
-        x, centers = jnp.full((1, 3), 0.25, dtype), jnp.full((2, 3), 100, centers_dtype or dtype)
-        rows = clj.center_rows(x, centers, np.array([1]))
-        chex.assert_type(rows.values, jnp.float32)
-        np.testing.assert_array_equal(jnp.zeros((2, 3)) + rows, [[0] * 3, [99.75] * 3])
-
-    def test_carry_no_gradient(self):
-        x, centers, labels, options = make_problem(dtype=np.float32, weights='examples')
-
-        def total(x, centers, weights):
-            return jnp.sum(clj.center_rows(x, centers, labels, weights=weights).values)
-
-        gradients = jax.grad(total, (0, 1, 2))(x, centers, options['weights'])
-        chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, gradients))
-
-    @pytest.mark.parametrize(('alpha', 'remaining'), [(0.5, 0.75**16), (1.0, 0.5**16)])
-    def test_visited_once_a_batch_a_class_closes_half_of_alpha(self, alpha, remaining):
-        centers, x = np.full((5, 2), 3, np.float32), np.array([[7, -1]], np.float32)
-        gap = x - centers[2]
-        visit = jax.jit(lambda centers: move(centers, clj.center_rows(x, centers, [2]), alpha)[0])
-        for _ in range(16):
-            centers = visit(centers)
-        centers = np.asarray(centers)
-        np.testing.assert_allclose(x - centers[2], remaining * gap, rtol=1e-2)
-        np.testing.assert_array_equal(centers[[0, 1, 3, 4]], np.full((4, 2), 3.0))
-
-
 class TestConcatenateRows:
-    @both_sums
-    def test_is_all_of_them(self, add):
+    @eager_and_jit
+    def test_adds_all_parts(self, add):
         parts = make_rows(4, 0, 4), make_rows(4, 16, seed=2), make_rows(seed=3), make_rows(17, -1, 9, seed=4)
         joined = clj.concatenate_rows(*parts)
         assert isinstance(joined, clj.RowUpdates)
@@ -286,13 +184,13 @@ class TestConcatenateRows:
             expected = oracle.add_rows(expected, part.indices, part.values)
         np.testing.assert_allclose(add(TABLE, joined), expected, rtol=1e-6)
 
-    def test_of_one_is_the_same(self):
+    def test_of_one_part_adds_that_part(self):
         rows = make_rows(4, 0, 4)
         np.testing.assert_array_equal(TABLE + clj.concatenate_rows(rows), TABLE + rows)
 
-    @both_sums
+    @eager_and_jit
     @pytest.mark.parametrize('place', [0, 1, 2])
-    def test_a_part_that_was_summed_is_dropped_alone(self, add, place):
+    def test_only_a_part_that_was_summed_is_dropped(self, add, place):
         summed = jax.tree.map(jnp.add, make_rows(7, 3), make_rows(7, 4, seed=2))
         parts = [make_rows(4, 0, 4), make_rows(16, 4, seed=3)]
         expected = TABLE
@@ -303,11 +201,11 @@ class TestConcatenateRows:
         np.testing.assert_allclose(add(TABLE, joined), expected, rtol=1e-6)
         np.testing.assert_array_equal(np.asarray(add(TABLE, joined))[[7, 14]], TABLE[[7, 14]])
 
-    @both_sums
-    def test_is_itself_guarded(self, add):
+    @eager_and_jit
+    def test_of_joined_rows_that_were_summed_moves_nothing(self, add):
         joined = [clj.concatenate_rows(make_rows(7, 3, seed=s), make_rows(1, seed=s + 1)) for s in (1, 3)]
         np.testing.assert_array_equal(add(TABLE, jax.tree.map(jnp.add, *joined)), TABLE)
-        # Joined after they were summed, and summed again after that.
+        # Joined after they were summed, then summed again.
         twice = clj.concatenate_rows(jax.tree.map(jnp.add, *joined), make_rows(2))
         np.testing.assert_array_equal(add(TABLE, jax.tree.map(jnp.add, twice, twice)), TABLE)
 
@@ -319,16 +217,16 @@ class TestConcatenateRows:
         np.testing.assert_allclose(TABLE + nested, TABLE + flat, rtol=1e-6)
 
     def test_counts_a_class_of_several_passes_once_in_eq_4(self):
-        # Joined, two passes over one table are one batch and move the center by 4/3; summed, they would by 2.
+        # Two passes that are joined are one batch and move the center by 4/3. Their sum would move it by 2.
         x, centers = np.array([[2.0], [6.0]], np.float32), np.zeros((2, 1), np.float32)
         passes = [clj.center_rows(row[None], centers, [1]) for row in x]
-        moved, _ = move(centers, clj.concatenate_rows(*passes))
+        moved, _ = jax.jit(move)(centers, clj.concatenate_rows(*passes))
         np.testing.assert_allclose(moved, oracle.center_update(x, centers, [1, 1], 0.5), rtol=1e-6)
 
     def test_a_summed_part_is_counted(self):
         summed = jax.tree.map(jnp.add, make_rows(7, 3, 1), make_rows(7, 4, 2, seed=2))
         joined = clj.concatenate_rows(make_rows(4, 0), summed)
-        _, state = move(TABLE, joined)
+        _, state = jax.jit(move)(TABLE, joined)
         assert state.dropped == 3
 
     def test_parts_of_other_widths_are_an_error(self):
@@ -351,8 +249,8 @@ class TestConcatenateRows:
     indices=st.lists(st.integers(-20, 40), min_size=6, max_size=6),
     other=st.lists(st.integers(-20, 40), min_size=6, max_size=6),
 )
-def test_whatever_the_indices_a_sum_moves_nothing_and_a_join_adds_both(indices, other):
+def test_for_all_indices_a_sum_moves_nothing_and_a_join_adds_both(indices, other):
     a, b = make_rows(*indices), make_rows(*other, seed=2)
-    np.testing.assert_array_equal(TABLE + jax.tree.map(jnp.add, a, b), TABLE)
+    np.testing.assert_array_equal(jitted_sum(TABLE, jax.tree.map(jnp.add, a, b)), TABLE)
     expected = oracle.add_rows(oracle.add_rows(TABLE, indices, a.values), other, b.values)
-    np.testing.assert_allclose(TABLE + clj.concatenate_rows(a, b), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jitted_sum(TABLE, clj.concatenate_rows(a, b)), expected, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import centerloss_jax as clj
 from experiments import cli, costs
 from experiments.devices import over_mesh
-from tests.programs import collective_sizes
+from tests.support.programs import collective_sizes
 
 B, D, C = 4096, 64, 1_000_000
 

@@ -1,0 +1,68 @@
+"""What travels between devices, read from the compiled program: O(B D) numbers, never a table."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P
+from jax.sharding import AxisType, NamedSharding
+
+import centerloss_jax as clj
+from tests.support.programs import collective_sizes
+from tests.support.steps import update
+
+
+def test_collective_sizes_shows_a_table_that_travels():
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    total = jax.jit(lambda table: table.sum(), in_shardings=NamedSharding(mesh, P('data')))
+    moved = jax.jit(
+        lambda table: table * 2,
+        in_shardings=NamedSharding(mesh, P('data')),
+        out_shardings=NamedSharding(mesh, P()),
+    )
+    table = jax.ShapeDtypeStruct((100_008, 6), jnp.float32)
+    assert collective_sizes(total.lower(table).compile()) == [1]
+    assert max(collective_sizes(moved.lower(table).compile())) >= 100_008 * 6
+
+
+def pmapped(fn):
+    shapes = ((8, 8, 6), np.float32), ((8, 8), np.int32), ((8, 100_003, 6), np.float32)
+    return jax.pmap(fn, axis_name='batch', donate_argnums=2), [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+def shard_mapped(fn, axis_type=AxisType.Auto):
+    mesh = jax.make_mesh((8,), ('batch',), axis_types=(axis_type,))
+    specs = P('batch'), P('batch'), P()
+    shapes = ((64, 6), np.float32), ((64,), np.int32), ((100_003, 6), np.float32)
+    arrays = [
+        jax.ShapeDtypeStruct(*shape, sharding=jax.NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P()), donate_argnums=2), arrays
+
+
+@pytest.mark.parametrize(
+    'way',
+    [pmapped, shard_mapped, partial(shard_mapped, axis_type=AxisType.Explicit)],
+    ids=['pmap', 'shard_map', 'shard_map, Explicit'],
+)
+def test_a_step_under_axis_name_moves_and_copies_no_table(way):
+    transform = clj.center_update(0.5, axis_name='batch')
+
+    def step(x, labels, table):
+        def loss_fn(x):
+            loss, rows = clj.center_loss_and_rows(x, table, labels, axis_name='batch')
+            return jax.lax.pmean(loss, 'batch'), rows
+
+        (loss, rows), _ = jax.value_and_grad(loss_fn, has_aux=True)(x)
+        return *update(transform, rows, transform.init(table), table), loss
+
+    jitted, arrays = way(step)
+    compiled = jitted.lower(*arrays).compile()
+    assert 0 < max(collective_sizes(compiled)) <= 64 * 6
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 100_003 * 6 * 4 // 10
+    assert memory.alias_size_in_bytes >= 100_003 * 6 * 4

@@ -1,0 +1,120 @@
+"""Every public function and whole train steps lower for GPUs and TPUs, on a machine that has neither."""
+
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import centerloss_jax as clj
+from tests.support.steps import linen_state, linen_step, make_batch, nnx_pair, nnx_step, update
+
+PLATFORMS = ['cuda', 'tpu']
+
+
+def lowered_for_both(function, *arguments):
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+    return exported.platforms == tuple(PLATFORMS) and len(exported.mlir_module_serialized) > 0
+
+
+def table_step(x, table, labels):
+    rows = clj.center_rows(x, table, labels)
+    schedule: Any = optax.linear_schedule(1.0, 0.0, 10)
+    transform = clj.center_update(schedule)
+    return update(transform, rows, transform.init(table), table)
+
+
+def model_step(x, table, labels):
+    model = {'params': jnp.ones(3), 'centers': table}
+    transform = clj.with_centers(optax.adam(1e-3))
+    rows = clj.concatenate_rows(*[clj.center_rows(x, table, labels)] * 2)
+    return update(transform, {'params': jnp.ones(3), 'centers': rows}, transform.init(model), model)
+
+
+def statistics(x, table, labels):
+    total = clj.class_statistics(x, labels, len(table))
+    total = total.merge(clj.class_statistics(2 * x, labels, len(table)))
+    return total, total.intra, total.inter, total.ratio
+
+
+def linen_module(x, table, labels):
+    return clj.linen.CenterLoss(len(table)).apply({'centers': {'centers': table}}, x, labels)
+
+
+def nnx_module(x, table, labels):
+    center = clj.nnx.CenterLoss(*table.shape, centers_init=lambda *_: table, rngs=nnx.Rngs(0))
+    return center(x, labels)
+
+
+FUNCTIONS = {
+    'center_loss': clj.center_loss,
+    'its gradients': jax.grad(clj.center_loss, (0, 1)),
+    'center_loss with options': lambda x, table, labels: clj.center_loss(
+        x, table, labels, where=labels > 1, weights=x, reduce_fn=None
+    ),
+    'center_rows': clj.center_rows,
+    'center_loss_and_rows': clj.center_loss_and_rows,
+    'RowUpdates': lambda x, table, labels: table + clj.RowUpdates(labels, x),
+    'center_update': table_step,
+    'with_centers and concatenate_rows': model_step,
+    'nearest_center': lambda x, table, labels: clj.nearest_center(x, table, block_size=4),
+    'class_statistics': statistics,
+    'linen.CenterLoss': linen_module,
+    'nnx.CenterLoss': nnx_module,
+}
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('function', FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_a_function_lowers(function, dtype):
+    x, table = jax.ShapeDtypeStruct((7, 3), dtype), jax.ShapeDtypeStruct((11, 3), dtype)
+    assert lowered_for_both(function, x, table, jax.ShapeDtypeStruct((7,), jnp.int32))
+
+
+def test_every_public_name_is_here():
+    # What is missing runs on the host, or is a type that the functions above return.
+    on_the_host = {'check_labels', 'check_replicas', 'shard_centers', 'unshard_centers'}
+    returned = {'CenterUpdateState', 'ClassStatistics'}
+    lowered = {word for name in FUNCTIONS for word in name.replace('.', ' ').split()}
+    assert set(clj.__all__) - lowered == on_the_host | returned
+
+
+@pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
+def test_the_linen_train_step_lowers(batch_norm):
+    state, batch = linen_state(batch_norm=batch_norm), make_batch()
+
+    # An export knows arrays, and not the functions that a TrainState carries.
+    def step(arrays, images, labels):
+        new, loss = linen_step(jax.tree.unflatten(jax.tree.structure(state), arrays), images, labels)
+        return jax.tree.leaves(new), loss
+
+    assert lowered_for_both(step, jax.tree.leaves(state), *batch)
+
+
+@pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
+def test_the_nnx_train_step_lowers(batch_norm):
+    graphdef, state = nnx.split(nnx_pair(batch_norm=batch_norm))
+
+    def step(arrays, images, labels):
+        model, optimizer = nnx.merge(graphdef, arrays)
+        loss = nnx_step(model, optimizer, images, labels)
+        return nnx.to_pure_dict(nnx.state((model, optimizer))), loss
+
+    assert lowered_for_both(step, nnx.to_pure_dict(state), *make_batch())
+
+
+def test_the_step_of_several_devices_lowers():
+    mesh = jax.make_mesh((8,), ('batch',), axis_types=(jax.sharding.AxisType.Auto,))
+    state, batch = linen_state(axis_name='batch'), make_batch(size=64)
+
+    def step(arrays, images, labels):
+        restored = jax.tree.unflatten(jax.tree.structure(state), arrays)
+        new, loss = linen_step(restored, images, labels, axis_name='batch')
+        return jax.tree.leaves(new), loss
+
+    specs = (jax.P(), jax.P('batch'), jax.P('batch'))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=jax.P())
+    assert lowered_for_both(mapped, jax.tree.leaves(state), *batch)

@@ -1,0 +1,38 @@
+"""What a compiled program moves between devices and what memory it takes, read from the program."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+MB = 1_000_000
+SHAPE = re.compile(r'\w+\[([\d,]*)\]')
+COLLECTIVE = re.compile(
+    r'= (\([^=]*?\)|\S+) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
+)
+
+
+def shapes(*arrays) -> list[jax.ShapeDtypeStruct]:
+    """Returns a ShapeDtypeStruct for each pair of a shape and a dtype."""
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
+
+
+def memory(jitted, *arguments) -> Any:
+    """Compiles a jitted function from shapes, without running it, and returns the compiler's memory analysis."""
+    return jitted.lower(*arguments).compile().memory_analysis()
+
+
+def collective_sizes(compiled) -> list[int]:
+    """Returns the number of elements that each collective of the program carries, in the order of its text."""
+    return [
+        int(np.prod([int(n) for n in dimensions.split(',') if n]))
+        for shapes in COLLECTIVE.findall(compiled.as_text())
+        for dimensions in SHAPE.findall(shapes)
+    ]
+
+
+def collectives_in_loops(compiled) -> list[str]:
+    """Returns the collectives outside of the program's entry, which a loop may run many times."""
+    called, _ = compiled.as_text().split('\nENTRY ')
+    return COLLECTIVE.findall(called)
