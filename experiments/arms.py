@@ -16,9 +16,9 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 
 from experiments import processes
-from experiments.batches import steps_of, train_batches
 from experiments.checkpoints import RECIPE, Checkpoints, newest
-from experiments.data import Dataset, load
+from experiments.data.batches import steps_of, train_batches
+from experiments.data.load import Dataset, load
 from experiments.models import Classifier
 from experiments.profiling import traced
 from experiments.progress import Progress

@@ -21,9 +21,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from experiments import cli, jax_arms, processes, torch_arms
-from experiments.batches import part, steps_of, train_batches
 from experiments.benchmark_figure import draw
-from experiments.data import load
+from experiments.data.batches import process_slice, steps_of, train_batches
+from experiments.data.load import load
 from experiments.devices import choose
 from experiments.files import write_table
 from experiments.jax_arms import Arm, Cell
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     tell = partial(console.print, highlight=False, soft_wrap=True)
     devices = config.start()
     for size in config.batch_sizes:
-        part(size, jax.process_index(), jax.process_count(), '--batch-sizes')
+        process_slice(size, jax.process_index(), jax.process_count(), '--batch-sizes')
     tell(in_a_line(environment(devices)))
     torch = torch_arms.installed() if processes.first() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so its arms are missing')

@@ -21,13 +21,13 @@ import jax
 import numpy as np
 
 from experiments import processes
-from experiments.batches import steps_of, train_batches
-from experiments.data import load
+from experiments.data.batches import steps_of, train_batches
+from experiments.data.load import load
+from experiments.data.open_set import OpenSet, divide
 from experiments.devices import Devices, choose
 from experiments.evaluation import evaluate
 from experiments.history import load_snapshot, save_snapshot
 from experiments.models import Classifier
-from experiments.open_set import OpenSet, divide
 from experiments.runs import RunError, read_json, write_json
 from experiments.settings import Common
 from experiments.stopping import Stop

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import simple_parsing
 
 from experiments import processes
-from experiments.data import DataError
+from experiments.data.tfds_cache import DataError
 from experiments.rendezvous import JoinError
 from experiments.runs import RunError
 from experiments.stopping import Stopped

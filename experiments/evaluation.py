@@ -11,9 +11,9 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 import centerloss_jax as clj
-from experiments.batches import eval_batches
+from experiments.data.batches import eval_batches
+from experiments.data.splits import LazySplit, Split
 from experiments.devices import Devices
-from experiments.splits import LazySplit, Split
 
 BATCH_SIZE = 512
 

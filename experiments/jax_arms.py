@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
-from experiments.batches import part
+from experiments.data.batches import process_slice
 from experiments.devices import Devices, choose
 
 ALPHA = 0.5
@@ -72,7 +72,7 @@ def all_devices(cell: Cell, devices: Devices, rows_over: str | None = None) -> A
     else:
         table = devices.place_state(table)
     whole = step if devices.mesh is None else partial(step, mesh=devices.mesh)
-    own, _ = part(cell.batch_size, jax.process_index(), jax.process_count())
+    own, _ = process_slice(cell.batch_size, jax.process_index(), jax.process_count())
     return _arm(devices.compile(whole), table, state, devices.place_batch(*(array[own] for array in cell.batch())))
 
 

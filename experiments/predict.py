@@ -15,17 +15,17 @@ from rich.console import Console
 from experiments import cli, processes
 from experiments.checkpoints import saved_params
 from experiments.contact_sheet import draw_contact_sheet
-from experiments.copies import DataError
-from experiments.data import load
+from experiments.data.image_files import SUFFIXES
+from experiments.data.image_folder import open_image
+from experiments.data.load import load
+from experiments.data.splits import Split, pixels
+from experiments.data.tfds_cache import DataError
 from experiments.devices import choose
 from experiments.evaluation import embed, nearest
 from experiments.files import write_table
-from experiments.image_files import SUFFIXES
-from experiments.image_folder import open_image
 from experiments.known import read_known
 from experiments.models import Classifier
 from experiments.runs import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
-from experiments.splits import Split, pixels
 from experiments.training import create_state
 from experiments.where import Where
 

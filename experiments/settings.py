@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import simple_parsing
 
-from experiments.copies import DataError
+from experiments.data.tfds_cache import DataError
 from experiments.models import TRUNKS
 from experiments.where import Where
 

@@ -20,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import cli, processes
 from experiments.cells import Cell, Task, load_parts, work_on_cores, work_on_devices
-from experiments.data import Dataset
+from experiments.data.load import Dataset
+from experiments.data.open_set import OpenSet
 from experiments.devices import Devices, choose
 from experiments.figures import draw_features
 from experiments.files import write_table
 from experiments.history import load_snapshot
 from experiments.intervals import intervals
-from experiments.open_set import OpenSet
 from experiments.plots import draw_sweep
 from experiments.report import write_report
 from experiments.runs import CELLS, Run, environment, in_a_line

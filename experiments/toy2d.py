@@ -14,7 +14,8 @@ from rich.table import Column, Table
 
 from experiments import cli, figures, processes
 from experiments.arms import Arm, Job
-from experiments.data import Dataset, LazySplit, Split
+from experiments.data.load import Dataset
+from experiments.data.splits import LazySplit, Split
 from experiments.evaluation import Evaluation, centers_of, evaluate
 from experiments.figures import Snapshot
 from experiments.history import History

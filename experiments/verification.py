@@ -17,12 +17,12 @@ from rich.table import Column, Table
 
 from experiments import cli, processes
 from experiments.arms import Arm, Job
+from experiments.data.open_set import OpenSet, divide
 from experiments.devices import Devices
 from experiments.evaluation import embed, evaluate, nearest
 from experiments.files import write_table
 from experiments.intervals import Interval, intervals
 from experiments.known import reach_of, write_known
-from experiments.open_set import OpenSet, divide
 from experiments.plots import draw_roc
 from experiments.report import MEASURES, write_report
 from experiments.scores import Roc, unknown_auroc, verify

@@ -5,9 +5,9 @@ import grain
 import numpy as np
 import pytest
 
-from experiments import batches as module
-from experiments.batches import eval_batches, train_batches
-from experiments.splits import Split
+from experiments.data import batches as module
+from experiments.data.batches import eval_batches, train_batches
+from experiments.data.splits import Split
 
 
 def numbered(count: int) -> Split:

@@ -5,7 +5,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from tiny import all_of, counts
 
-from experiments.data import load
+from experiments.data.load import load
 
 
 def test_digits_are_those_of_scikit_learn(tmp_path):

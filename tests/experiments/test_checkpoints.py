@@ -22,14 +22,14 @@ import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
 from experiments import checkpoints, toy2d
-from experiments.batches import train_batches
 from experiments.checkpoints import Checkpoints
+from experiments.data.batches import train_batches
+from experiments.data.splits import Split
 from experiments.devices import Devices, choose, over_mesh
 from experiments.history import load_snapshot
 from experiments.models import Classifier
 from experiments.progress import Progress
 from experiments.runs import RunError
-from experiments.splits import Split
 from experiments.stopping import Stop
 from experiments.training import Tally, create_state, train_epoch, train_step
 

@@ -9,8 +9,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tiny import examples, prepare
 
-from experiments import data, splits
-from experiments.data import DataError, load
+from experiments.data import load as module
+from experiments.data import splits
+from experiments.data.load import load
+from experiments.data.tfds_cache import DataError
 
 
 @pytest.fixture
@@ -53,13 +55,13 @@ def refuse(event, arguments):
         raise AssertionError(f'{event} {arguments}')
 
 sys.addaudithook(refuse)
-from experiments.data import load
+from experiments.data.load import load
 for dataset in ('mnist', 'digits'):
     load(dataset, Path(sys.argv[1]))
 print('tensorflow' in sys.modules)
 """
     command = [sys.executable, '-W', 'error', '-c', program, str(tmp_path)]
-    root = Path(data.__file__).parents[1]
+    root = Path(module.__file__).parents[2]
     assert subprocess.check_output(command, text=True, cwd=root) == 'False\n'
 
 
@@ -142,7 +144,7 @@ def test_a_set_without_train_split_is_an_error(tmp_path):
 @pytest.mark.parametrize('name', ['mnist', 'fashion_mnist', 'kmnist', 'cifar10', 'cifar100', 'svhn_cropped'])
 def test_public_sets_are_recognised_as_image_classification(tmp_path, name):
     builder = tfds.builder(name, data_dir=tmp_path)
-    assert data._keys(name, builder.info) == ('image', 'label')
+    assert module._keys(name, builder.info) == ('image', 'label')
 
 
 def test_other_sets_are_one_clear_line(tmp_path):

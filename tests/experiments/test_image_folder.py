@@ -6,8 +6,8 @@ import pytest
 from PIL import ExifTags, Image
 from tiny import all_of, counts
 
-from experiments.copies import DataError
-from experiments.data import load
+from experiments.data.load import load
+from experiments.data.tfds_cache import DataError
 
 
 def write(path: Path, color, mode: str = 'RGB', size: tuple[int, int] = (6, 4)) -> Path:

@@ -8,10 +8,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tiny import all_of, counts, prepare
 
-from experiments import open_set, splits
-from experiments.data import Dataset, load
-from experiments.open_set import divide
-from experiments.splits import Split
+from experiments.data import open_set, splits
+from experiments.data.load import Dataset, load
+from experiments.data.open_set import divide
+from experiments.data.splits import Split
 
 LABELS = np.arange(60, dtype=np.int32) % 10
 

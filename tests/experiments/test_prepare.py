@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from experiments import copies, prepare
+from experiments.data import prepare, tfds_cache
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def proxy(monkeypatch):
 
 
 def error_of_preparing(data_dir) -> str:
-    with pytest.raises(copies.DataError, match='fashion_mnist could not be prepared') as error:
+    with pytest.raises(tfds_cache.DataError, match='fashion_mnist could not be prepared') as error:
         prepare._prepare('fashion_mnist', data_dir)
     message = str(error.value)
     assert len(message.splitlines()) <= 10
     assert 'Traceback' not in message
     assert 'fashion-mnist.s3-website' in message
     assert '--data-dir' in message
-    assert copies.find('fashion_mnist', data_dir) is None
+    assert tfds_cache.find('fashion_mnist', data_dir) is None
     assert not [path for path in data_dir.rglob('*') if 'incomplete' in path.name or '.tmp.' in path.name]
     assert 'tensorflow' not in sys.modules
     return message

@@ -9,7 +9,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments import cli
-from experiments.data import Dataset, LazySplit, Split
+from experiments.data.load import Dataset
+from experiments.data.splits import LazySplit, Split
 
 
 def prepare(

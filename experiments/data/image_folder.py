@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import ExifTags, Image, ImageOps
 
-from experiments.builders import classification_info, prepare_once
-from experiments.copies import DataError
-from experiments.image_files import Splits, find_images, fingerprint
+from experiments.data.digits import classification_info, prepare_once
+from experiments.data.image_files import Splits, find_images, fingerprint
+from experiments.data.tfds_cache import DataError
 
 # Width and height where fewer than half of the images share a size: small, and things can be recognised.
 FALLBACK_SIZE = (64, 64)

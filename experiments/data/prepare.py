@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from experiments.copies import DataError, find, lock
+from experiments.data.tfds_cache import DataError, find, lock
 
 # How long the first answer to a download may take, in seconds: long enough for a slow proxy, and short enough for the
 # error to be there within 20, of which TensorFlow's import takes up to 8. What has begun to arrive may take as long as
@@ -44,11 +44,11 @@ def public(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
 def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     print(f'Preparing {name} in {data_dir}, once; this may take minutes.', file=sys.stderr)
     before = _downloads(data_dir)
-    command = [sys.executable, '-m', 'experiments.prepare', name, str(data_dir)]
+    command = [sys.executable, '-m', 'experiments.data.prepare', name, str(data_dir)]
     quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '-1'}
     with tempfile.TemporaryFile('w+') as output, tempfile.TemporaryFile('w+') as log:
         process = subprocess.Popen(
-            command, stdout=output, stderr=log, env=os.environ | quiet, cwd=Path(__file__).parents[1]
+            command, stdout=output, stderr=log, env=os.environ | quiet, cwd=Path(__file__).parents[2]
         )
         try:
             answered = _wait(process, data_dir, before, log.fileno())

@@ -7,8 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from experiments.builders import held_out
-from experiments.copies import DataError
+from experiments.data.digits import held_out
+from experiments.data.tfds_cache import DataError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg')
 

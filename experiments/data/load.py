@@ -15,12 +15,10 @@ from typing import Any, cast
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments import builders, copies, prepare
-from experiments.copies import DataError
-from experiments.image_folder import FALLBACK_SIZE, image_folder
-from experiments.splits import MODES, LazySplit, Split
-
-__all__ = ['DataError', 'Dataset', 'LazySplit', 'Split', 'load']
+from experiments.data import digits, prepare, tfds_cache
+from experiments.data.image_folder import FALLBACK_SIZE, image_folder
+from experiments.data.splits import MODES, LazySplit, Split
+from experiments.data.tfds_cache import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +70,12 @@ def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilde
     name = re.split('[/:]', dataset)[0]
     folder = Path(dataset).expanduser().resolve()
     if dataset == 'digits':
-        return dataset, builders.digits(data_dir), ()
+        return dataset, digits.digits(data_dir), ()
     if name in catalogue:
         return dataset, prepare.public(dataset, data_dir), ()
     if folder.is_dir():
         return folder.name, *image_folder(folder, data_dir)
-    if copy := copies.find(dataset, data_dir):
+    if copy := tfds_cache.find(dataset, data_dir):
         return dataset, copy, ()
     near = difflib.get_close_matches(name, ['digits', *catalogue], n=3)
     hint = f'; did you mean {" or ".join(near)}?' if near else ''

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.copies import lock, read
+from experiments.data.tfds_cache import lock, read
 
 
 def digits(data_dir: Path) -> tfds.core.DatasetBuilder:

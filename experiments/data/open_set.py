@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 
-from experiments.data import Dataset, Split
+from experiments.data.load import Dataset
+from experiments.data.splits import Split
 
 # Of what the classes of a dataset are held out where nothing else is said.
 FRACTION = 0.3

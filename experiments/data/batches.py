@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from experiments.splits import LazySplit, Split
+from experiments.data.splits import LazySplit, Split
 
 Batch = tuple[np.ndarray, np.ndarray]  # images [B, H, W, K] uint8, labels [B] int32
 
@@ -32,7 +32,7 @@ def train_batches(
     shapes never change. `batch_size` is that of all processes together: each one gets its share of the same
     batches, `batch_size / process_count` examples, so that their number does not change what a run sees.
     """
-    own, size = part(batch_size, process_index, process_count)
+    own, size = process_slice(batch_size, process_index, process_count)
     steps = steps_of(split, batch_size)
     orders = grain.MapDataset.range(1).seed(seed).random_map(lambda _, rng: rng.permutation(len(split))).repeat()
     order = functools.lru_cache(maxsize=2)(orders.__getitem__)  # by epoch; threads may be in two of them
@@ -48,12 +48,14 @@ def eval_batches(
     split: Split | LazySplit, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """All examples once and in order, the last batch filled up and each batch shared as in training."""
-    own, size = part(batch_size, process_index, process_count)
+    own, size = process_slice(batch_size, process_index, process_count)
     order = grain.MapDataset.range(len(split)).batch(batch_size, batch_fn=np.asarray)
     return iter(order.map(lambda indices: _take(split, indices[own], size)).to_iter_dataset(READ_OPTIONS))
 
 
-def part(batch_size: int, process_index: int, process_count: int, name: str = '--batch-size') -> tuple[slice, int]:
+def process_slice(
+    batch_size: int, process_index: int, process_count: int, name: str = '--batch-size'
+) -> tuple[slice, int]:
     """Which examples of a batch a process reads, and how many."""
     if batch_size % process_count:
         raise ValueError(f'{name} must be a multiple of the {process_count} processes, got {batch_size}')
