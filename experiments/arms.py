@@ -15,17 +15,17 @@ import numpy as np
 from flax.training.train_state import TrainState
 from rich.console import Console
 
-from experiments import processes
 from experiments.checkpoints import RECIPE, Checkpoints, newest
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import Dataset, load
+from experiments.launch import processes
+from experiments.launch.flags import Settings
+from experiments.launch.run_folder import CHECKPOINTS, PROFILE, TENSORBOARD, Run, RunError, environment, in_a_line
+from experiments.launch.stopping import Stop
 from experiments.models import Classifier
 from experiments.profiling import traced
 from experiments.progress import Progress
-from experiments.runs import CHECKPOINTS, PROFILE, TENSORBOARD, Run, RunError, environment, in_a_line
 from experiments.scalars import Scalars
-from experiments.settings import Settings
-from experiments.stopping import Stop
 from experiments.training import Tally, create_state, train_epoch, train_step
 
 Result = TypeVar('Result')

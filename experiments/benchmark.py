@@ -20,19 +20,19 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from experiments import cli, jax_arms, processes, torch_arms
+from experiments import jax_arms, torch_arms
 from experiments.benchmark_figure import draw
 from experiments.data.batches import process_slice, steps_of, train_batches
 from experiments.data.load import load
-from experiments.devices import choose
-from experiments.files import write_table
 from experiments.jax_arms import Arm, Cell
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import DeviceFlags, flag
+from experiments.launch.mesh import choose
+from experiments.launch.run_folder import check_folder, environment, in_a_line
 from experiments.models import Classifier
-from experiments.runs import check_folder, environment, in_a_line
-from experiments.settings import flag
 from experiments.timing import Timing, bandwidth, keep_freed_memory, measure, on_cpu
 from experiments.training import create_state, train_epoch, train_step
-from experiments.where import Where
 
 TURNS = 3
 SLOW = 2.0  # seconds a step, of which one turn tells enough
@@ -41,7 +41,7 @@ PASSES = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Where):
+class Config(DeviceFlags):
     """What is measured."""
 
     batch_sizes: tuple[int, ...] = (256, 4096, 16384)

@@ -20,17 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import processes
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import load
 from experiments.data.open_set import OpenSet, divide
-from experiments.devices import Devices, choose
 from experiments.evaluation import evaluate
 from experiments.history import load_snapshot, save_snapshot
+from experiments.launch import processes
+from experiments.launch.flags import Common
+from experiments.launch.mesh import Devices, choose
+from experiments.launch.run_folder import RunError, read_json, write_json
+from experiments.launch.stopping import Stop
 from experiments.models import Classifier
-from experiments.runs import RunError, read_json, write_json
-from experiments.settings import Common
-from experiments.stopping import Stop
 from experiments.toy2d import sample, snapshot
 from experiments.training import create_state, train_epoch, train_step
 from experiments.verification import judge

@@ -22,10 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from experiments import processes
-from experiments.devices import Devices
-from experiments.runs import RunError
-from experiments.stopping import Stop
+from experiments.launch import processes
+from experiments.launch.mesh import Devices
+from experiments.launch.run_folder import RunError
+from experiments.launch.stopping import Stop
 from experiments.training import Tally
 
 KEPT = 2

@@ -13,7 +13,7 @@ from jax import Array
 import centerloss_jax as clj
 from experiments.data.batches import eval_batches
 from experiments.data.splits import LazySplit, Split
-from experiments.devices import Devices
+from experiments.launch.mesh import Devices
 
 BATCH_SIZE = 512
 

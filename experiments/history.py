@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import processes
+from experiments.launch import processes
+from experiments.launch.run_folder import RunError
 from experiments.panel import Snapshot
-from experiments.runs import RunError
 
 
 class History:

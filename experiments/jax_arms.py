@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
 from experiments.data.batches import process_slice
-from experiments.devices import Devices, choose
+from experiments.launch.mesh import Devices, choose
 
 ALPHA = 0.5
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.runs import KNOWN, RunError, read_json, write_json
+from experiments.launch.run_folder import KNOWN, RunError, read_json, write_json
 
 # Share of the held-out examples of known classes that are accepted.
 ACCEPTED = 0.95

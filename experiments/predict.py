@@ -12,7 +12,6 @@ import numpy as np
 import simple_parsing
 from rich.console import Console
 
-from experiments import cli, processes
 from experiments.checkpoints import saved_params
 from experiments.contact_sheet import draw_contact_sheet
 from experiments.data.image_files import SUFFIXES
@@ -20,21 +19,22 @@ from experiments.data.image_folder import open_image
 from experiments.data.load import load
 from experiments.data.splits import Split, pixels
 from experiments.data.tfds_cache import DataError
-from experiments.devices import choose
 from experiments.evaluation import embed, nearest
-from experiments.files import write_table
 from experiments.known import read_known
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import DeviceFlags
+from experiments.launch.mesh import choose
+from experiments.launch.run_folder import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
 from experiments.models import Classifier
-from experiments.runs import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
 from experiments.training import create_state
-from experiments.where import Where
 
 UNKNOWN = 'unknown'
 TABLE, PICTURE = 'predictions.csv', 'predictions.png'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Where):
+class Config(DeviceFlags):
     """What is labelled by what."""
 
     images: str

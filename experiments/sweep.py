@@ -18,21 +18,20 @@ import simple_parsing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments import cli, processes
 from experiments.cells import Cell, Task, load_parts, work_on_cores, work_on_devices
 from experiments.data.load import Dataset
 from experiments.data.open_set import OpenSet
-from experiments.devices import Devices, choose
 from experiments.figures import draw_features
-from experiments.files import write_table
 from experiments.history import load_snapshot
 from experiments.intervals import intervals
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
+from experiments.launch.mesh import Devices, choose
+from experiments.launch.run_folder import CELLS, Run, environment, in_a_line
+from experiments.launch.stopping import Stop
 from experiments.plots import draw_sweep
 from experiments.report import write_report
-from experiments.runs import CELLS, Run, environment, in_a_line
-from experiments.settings import Common, check_alpha, check_weight
-from experiments.stopping import Stop
-from experiments.where import Where
 
 TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
 
@@ -47,7 +46,7 @@ DRAWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Common, Where):
+class Config(Common, DeviceFlags):
     """Settings of a sweep. They are saved with it."""
 
     PROGRAM: ClassVar[str] = 'experiments.sweep'
@@ -60,7 +59,7 @@ class Config(Common, Where):
         'alphas',
         'seeds',
         'workers',
-        *(field.name for field in dataclasses.fields(Where)),
+        *(field.name for field in dataclasses.fields(DeviceFlags)),
     )
 
     out: Path = Path('runs/sweep')
@@ -89,7 +88,7 @@ class Config(Common, Where):
 
     def __post_init__(self):
         Common.__post_init__(self)
-        Where.__post_init__(self)
+        DeviceFlags.__post_init__(self)
         for name in ('weights', 'alphas'):
             object.__setattr__(self, name, tuple(map(float, dict.fromkeys(getattr(self, name)))))
         for weight in self.weights:

@@ -12,7 +12,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
-from experiments import cli, figures, processes
+from experiments import figures
 from experiments.arms import Arm, Job
 from experiments.data.load import Dataset
 from experiments.data.splits import LazySplit, Split
@@ -20,9 +20,10 @@ from experiments.evaluation import Evaluation, centers_of, evaluate
 from experiments.figures import Snapshot
 from experiments.history import History
 from experiments.known import reach_of, write_known
+from experiments.launch import cli, processes
+from experiments.launch.flags import Settings
+from experiments.launch.run_folder import SNAPSHOTS, Run
 from experiments.report import write_report
-from experiments.runs import SNAPSHOTS, Run
-from experiments.settings import Settings
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',

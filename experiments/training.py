@@ -15,9 +15,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 import centerloss_jax as clj
-from experiments.devices import Devices
+from experiments.launch.mesh import Devices
+from experiments.launch.processes import total
 from experiments.models import Classifier
-from experiments.processes import total
 
 
 def create_state(

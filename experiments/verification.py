@@ -15,18 +15,18 @@ import numpy as np
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
-from experiments import cli, processes
 from experiments.arms import Arm, Job
 from experiments.data.open_set import OpenSet, divide
-from experiments.devices import Devices
 from experiments.evaluation import embed, evaluate, nearest
-from experiments.files import write_table
 from experiments.intervals import Interval, intervals
 from experiments.known import reach_of, write_known
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import Settings
+from experiments.launch.mesh import Devices
 from experiments.plots import draw_roc
 from experiments.report import MEASURES, write_report
 from experiments.scores import Roc, unknown_auroc, verify
-from experiments.settings import Settings
 
 TABLE, PICTURE = 'verification.csv', 'roc.png'
 

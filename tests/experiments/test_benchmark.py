@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from experiments import benchmark, jax_arms, timing, torch_arms
-from experiments.devices import choose
 from experiments.jax_arms import Cell
+from experiments.launch.mesh import choose
 
 CELL = Cell(batch_size=64, num_classes=24, feature_dim=6)
 MESH = 'data=2,classes=4'

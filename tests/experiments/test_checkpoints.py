@@ -25,12 +25,12 @@ from experiments import checkpoints, toy2d
 from experiments.checkpoints import Checkpoints
 from experiments.data.batches import train_batches
 from experiments.data.splits import Split
-from experiments.devices import Devices, choose, over_mesh
 from experiments.history import load_snapshot
+from experiments.launch.mesh import Devices, choose, over_mesh
+from experiments.launch.run_folder import RunError
+from experiments.launch.stopping import Stop
 from experiments.models import Classifier
 from experiments.progress import Progress
-from experiments.runs import RunError
-from experiments.stopping import Stop
 from experiments.training import Tally, create_state, train_epoch, train_step
 
 ARMS = ('softmax', 'center')

@@ -17,7 +17,7 @@ from test_checkpoints import run
 from test_toy2d import COLUMNS, rows, strict
 
 from experiments.checkpoints import saved_params
-from experiments.rendezvous import JoinError, meet
+from experiments.launch.rendezvous import JoinError, meet
 
 QUICK = ('--batch-size', 500, '--epochs', 1)
 

@@ -8,9 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments import cli
 from experiments.data.load import Dataset
 from experiments.data.splits import LazySplit, Split
+from experiments.launch import cli
 
 
 def prepare(

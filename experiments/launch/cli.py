@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 
 import simple_parsing
 
-from experiments import processes
 from experiments.data.tfds_cache import DataError
-from experiments.rendezvous import JoinError
-from experiments.runs import RunError
-from experiments.stopping import Stopped
-from experiments.where import Where
+from experiments.launch import processes
+from experiments.launch.flags import DeviceFlags
+from experiments.launch.rendezvous import JoinError
+from experiments.launch.run_folder import RunError
+from experiments.launch.stopping import Stopped
 
 
 class _Parser(simple_parsing.ArgumentParser):
@@ -67,7 +67,7 @@ def main(
 def _outcome(parser: _Parser, experiment: Callable[[Any], None], argv: Sequence[str] | None) -> tuple[int, str]:
     try:
         config = parser.parse_args(argv).config
-        if isinstance(config, Where):
+        if isinstance(config, DeviceFlags):
             config.join()
         experiment(config)
         processes.leave()

@@ -3,7 +3,7 @@
 import signal
 from typing import Any
 
-from experiments import processes
+from experiments.launch import processes
 
 
 class Stopped(Exception):

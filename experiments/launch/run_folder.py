@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 
-from experiments import processes
-from experiments.devices import Devices
-from experiments.files import write_table, write_text
+from experiments.launch import processes
+from experiments.launch.atomic_files import write_table, write_text
+from experiments.launch.mesh import Devices
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
 KNOWN = 'known.json'

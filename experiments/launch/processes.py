@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed  # JAX has no public name for the store that its processes share; Orbax uses it too
 from jax.experimental import multihost_utils
 
-from experiments.rendezvous import JoinError, meet
+from experiments.launch.rendezvous import JoinError, meet
 
 # Seconds: to wait for the others at the start, between two signs of life, and until a process without one is lost.
 PATIENCE, BEAT, SILENCE = 60, 2, 20
