@@ -30,9 +30,10 @@ from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags, flag
 from experiments.launch.mesh import choose
 from experiments.launch.run_folder import check_folder, environment, in_a_line
-from experiments.models import Classifier
 from experiments.timing import Timing, bandwidth, keep_freed_memory, measure, on_cpu
-from experiments.training import create_state, train_epoch, train_step
+from experiments.train.loop import train_epoch
+from experiments.train.model import Classifier
+from experiments.train.step import create_state, train_step
 
 TURNS = 3
 SLOW = 2.0  # seconds a step, of which one turn tells enough

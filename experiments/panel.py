@@ -1,6 +1,5 @@
 """One arm's train or test set on one pair of axes: its points, class centers and class names."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.labels import place_labels
 from experiments.projection import Plane
+from experiments.train.snapshots import Snapshot
 
 MAX_POINTS = 4000
 MAX_NAMED_CLASSES = 20
@@ -23,22 +23,6 @@ PALETTE = (
     *('#882255', '#44AA99', '#999933', '#AA4499', '#777777'),
 )
 _NO_CLASS = '#DDDDDD'
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What one arm looks like after one epoch: N examples, D feature dimensions, C classes."""
-
-    epoch: int
-    train_features: np.ndarray  # [N, D]
-    train_labels: np.ndarray  # [N]
-    test_features: np.ndarray  # [M, D]
-    test_labels: np.ndarray  # [M]
-    centers: np.ndarray  # [C, D]
-    test_accuracy: float  # in [0, 1], as the next
-    nearest_center_accuracy: float
-    intra_inter_ratio: float  # of the test set; not a number where the features have collapsed
-    collapsed: bool
 
 
 class Panel:

@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from experiments.intervals import Interval, interval
-from experiments.scores import FARS, Roc
+from experiments.train.metrics import FARS, Interval, Roc, interval
 
 # Colours that the colour-blind can tell apart, and a line style for each.
 STYLES = (

@@ -12,22 +12,22 @@ import numpy as np
 import simple_parsing
 from rich.console import Console
 
-from experiments.checkpoints import saved_params
 from experiments.contact_sheet import draw_contact_sheet
 from experiments.data.image_files import SUFFIXES
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
 from experiments.data.splits import Split, pixels
 from experiments.data.tfds_cache import DataError
-from experiments.evaluation import embed, nearest
-from experiments.known import read_known
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags
 from experiments.launch.mesh import choose
 from experiments.launch.run_folder import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
-from experiments.models import Classifier
-from experiments.training import create_state
+from experiments.train.checkpoint import saved_params
+from experiments.train.evaluate import embed, nearest
+from experiments.train.model import Classifier
+from experiments.train.step import create_state
+from experiments.train.thresholds import read_known
 
 UNKNOWN = 'unknown'
 TABLE, PICTURE = 'predictions.csv', 'predictions.png'

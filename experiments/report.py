@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 
 from experiments import curves
-from experiments.intervals import Interval
 from experiments.launch.atomic_files import write_text
+from experiments.train.metrics import Interval
 
 # Name and meaning, in the order in which a page shows them.
 MEASURES = {

@@ -18,12 +18,9 @@ import simple_parsing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.cells import Cell, Task, load_parts, work_on_cores, work_on_devices
 from experiments.data.load import Dataset
 from experiments.data.open_set import OpenSet
 from experiments.figures import draw_features
-from experiments.history import load_snapshot
-from experiments.intervals import intervals
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
@@ -32,6 +29,9 @@ from experiments.launch.run_folder import CELLS, Run, environment, in_a_line
 from experiments.launch.stopping import Stop
 from experiments.plots import draw_sweep
 from experiments.report import write_report
+from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
+from experiments.train.metrics import intervals
+from experiments.train.snapshots import load_snapshot
 
 TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
 
@@ -126,11 +126,11 @@ def main(config: Config) -> None:
     if run.finished({**config.decisive(), **wanted}):
         console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
         return
-    parts = load_parts(config, config.held_out)
-    for note in parts.known.notes:
+    open_set = load_open_set(config, config.held_out)
+    for note in open_set.known.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    config.check_data(len(parts.known.train), parts.known.image_shape)
-    facts = {'num_classes': parts.known.num_classes, 'train_examples': len(parts.known.train)}
+    config.check_data(len(open_set.known.train), open_set.known.image_shape)
+    facts = {'num_classes': open_set.known.num_classes, 'train_examples': len(open_set.known.train)}
     if run.resumed:
         run.check({**config.decisive(), **facts})
     run.start({**dataclasses.asdict(config), **facts, **surroundings})
@@ -138,14 +138,14 @@ def main(config: Config) -> None:
     folder.mkdir(exist_ok=True)
 
     cells = cells_of(config)
-    train(config, cells, parts, folder, devices, console)
+    train_cells(config, cells, open_set, folder, devices, console)
     if not processes.first():
         return
     rows = [cell.read(folder) for cell in cells]
     write_table(run.out / TABLE, rows)
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
     run.write_summary(summary)
-    draw(config, parts.known, summary, run)
+    draw(config, open_set.known, summary, run)
     console.print(f'{run.out / "report.html"} has the pictures and all numbers', highlight=False, soft_wrap=True)
 
 
@@ -162,8 +162,8 @@ def pictured(config: Config) -> list[Cell]:
     return [Cell(weight, config.shown_alpha, config.seed, 2) for weight in sorted({0.0, *config.weights})]
 
 
-def train(
-    config: Config, cells: Sequence[Cell], parts: OpenSet, folder: Path, devices: Devices, console: Console
+def train_cells(
+    config: Config, cells: Sequence[Cell], open_set: OpenSet, folder: Path, devices: Devices, console: Console
 ) -> None:
     """Trains the cells that are not done yet."""
     done = processes.largest(*(cell.done(folder) for cell in cells))
@@ -175,7 +175,7 @@ def train(
     task = Task(config, config.held_out, config.similarity, folder)
     available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = max(1, min(config.workers or available, len(left))) if config.on_cores else jax.process_count()
-    on_devices = partial(work_on_devices, parts=parts, devices=devices)
+    on_devices = partial(work_on_devices, open_set=open_set, devices=devices)
     work = partial(work_on_cores, workers=workers) if config.on_cores else on_devices
     go_on = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))

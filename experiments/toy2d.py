@@ -8,22 +8,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
 from experiments import figures
-from experiments.arms import Arm, Job
 from experiments.data.load import Dataset
-from experiments.data.splits import LazySplit, Split
-from experiments.evaluation import Evaluation, centers_of, evaluate
-from experiments.figures import Snapshot
-from experiments.history import History
-from experiments.known import reach_of, write_known
 from experiments.launch import cli, processes
 from experiments.launch.flags import Settings
 from experiments.launch.run_folder import SNAPSHOTS, Run
 from experiments.report import write_report
+from experiments.train.evaluate import evaluate, sample, snapshot_of
+from experiments.train.loop import Arm, Job
+from experiments.train.snapshots import History, Snapshot
+from experiments.train.thresholds import reach_of, write_known
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',
@@ -31,9 +28,6 @@ COLUMNS = {
     'intra_inter_ratio': 'intra/inter ratio',
     'train_seconds': 'seconds',
 }
-
-# A picture needs no more points than these, however large the set is.
-SHOWN = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +52,14 @@ def main(config: Config) -> None:
 
     def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
         test = evaluate(state, data.test, job.devices)
-        histories[arm.name].add(snapshot(epoch, state, test, data.num_classes))
+        histories[arm.name].add(snapshot_of(epoch, state, test, data.num_classes))
         return test.measures()
 
     def finish(arm: Arm, state: TrainState) -> dict[str, Any]:
         history = histories[arm.name]
         history.read(config.epochs)
         train, test = (evaluate(state, split, job.devices) for split in (sample(data.train), data.test))
-        history.snapshots[-1] = snapshot(config.epochs, state, test, data.num_classes, train)
+        history.snapshots[-1] = snapshot_of(config.epochs, state, test, data.num_classes, train)
         reach[arm.name] = reach_of(test.distances)
         return {**test.measures(), 'collapsed': test.collapsed(data.num_classes), 'train_seconds': job.seconds(arm)}
 
@@ -76,27 +70,6 @@ def main(config: Config) -> None:
         write_known(job.run.out, data.class_names, reach)
         draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
-
-
-def sample(split: Split | LazySplit) -> Split:
-    """Examples from all over a split, as many as a picture shows."""
-    return Split(*split.take(np.linspace(0, len(split) - 1, min(SHOWN, len(split))).astype(int)))
-
-
-def snapshot(
-    epoch: int, state: TrainState, test: Evaluation, num_classes: int, train: Evaluation | None = None
-) -> Snapshot:
-    """What a picture shows of a state; of the train set nothing where it was not evaluated."""
-    return Snapshot(
-        epoch=epoch,
-        train_features=train.features if train else test.features[:0],
-        train_labels=train.labels if train else test.labels[:0],
-        test_features=test.features[:SHOWN],
-        test_labels=test.labels[:SHOWN],
-        centers=centers_of(state),
-        **test.measures(),
-        collapsed=test.collapsed(num_classes),
-    )
 
 
 def table(summary: dict[str, dict[str, Any]]) -> Table:

@@ -15,18 +15,16 @@ import numpy as np
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
-from experiments.arms import Arm, Job
 from experiments.data.open_set import OpenSet, divide
-from experiments.evaluation import embed, evaluate, nearest
-from experiments.intervals import Interval, intervals
-from experiments.known import reach_of, write_known
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Settings
-from experiments.launch.mesh import Devices
 from experiments.plots import draw_roc
 from experiments.report import MEASURES, write_report
-from experiments.scores import Roc, unknown_auroc, verify
+from experiments.train.evaluate import evaluate, judge
+from experiments.train.loop import Arm, Job
+from experiments.train.metrics import Interval, Roc, intervals
+from experiments.train.thresholds import write_known
 
 TABLE, PICTURE = 'verification.csv', 'roc.png'
 
@@ -61,10 +59,10 @@ def main(config: Config) -> None:
     job = Job(config)
     if job.finished():
         return
-    parts = divide(job.load(), config.held_out)
-    for note in parts.known.notes:
+    open_set = divide(job.load(), config.held_out)
+    for note in open_set.known.notes:
         job.tell(note)
-    job.start(parts.known)
+    job.start(open_set.known)
     arms = {
         f'{name}-{seed}': (name, Arm(f'{name}-{seed}', weight, seed))
         for seed in range(config.seed, config.seed + config.seeds)
@@ -72,10 +70,10 @@ def main(config: Config) -> None:
     }
 
     def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
-        return evaluate(state, parts.known.test, job.devices).measures()
+        return evaluate(state, open_set.known.test, job.devices).measures()
 
     def finish(arm: Arm, state: TrainState) -> tuple[dict[str, Any], Roc, float]:
-        values, roc, reach = judge(state, parts, config.similarity, job.devices)
+        values, roc, reach = judge(state, open_set, config.similarity, job.devices)
         return {**values, 'train_seconds': job.seconds(arm)}, roc, reach
 
     results = job.train([arm for _, arm in arms.values()], look, finish)
@@ -89,24 +87,9 @@ def main(config: Config) -> None:
     job.console.print(table(summary))
     if processes.first():
         write_table(job.run.out / TABLE, rows)
-        write_known(job.run.out, parts.known.class_names, reach)
-        draw(config, job, parts, rocs, summary)
+        write_known(job.run.out, open_set.known.class_names, reach)
+        draw(config, job, open_set, rocs, summary)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
-
-
-def judge(state: TrainState, parts: OpenSet, similarity: str, devices: Devices) -> tuple[dict[str, Any], Roc, float]:
-    """What one copy of a state is worth on known and on held-out classes, its curve, and its reach."""
-    test = evaluate(state, parts.known.test, devices)
-    features, _, labels = embed(state, parts.unknown, devices)
-    pairs, roc = verify(features, labels, similarity)
-    _, distances = nearest(state, features)
-    values = {
-        **test.measures(),
-        **pairs,
-        'unknown_auroc': unknown_auroc(test.distances, distances),
-        'collapsed': test.collapsed(parts.known.num_classes),
-    }
-    return values, roc, reach_of(test.distances)
 
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -145,12 +128,14 @@ def mean_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(config: Config, job: Job, parts: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]) -> None:
+def draw(
+    config: Config, job: Job, open_set: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]
+) -> None:
     """Draws the curves and writes the page."""
     out = job.run.out
     names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     labelled = {f'{names[arm]} (AUC {summary[arm]["auc"].mean:.3f})': curves for arm, curves in rocs.items()}
-    title = f'{parts.known.name}, {len(set(parts.unknown.labels.tolist()))} held-out classes'
+    title = f'{open_set.known.name}, {len(set(open_set.unknown.labels.tolist()))} held-out classes'
     draw_roc(out / PICTURE, labelled, title=f'Pairs of {title}')
     seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
     write_report(

@@ -11,7 +11,7 @@ import simple_parsing
 from experiments.data.tfds_cache import DataError
 from experiments.launch import processes
 from experiments.launch.mesh import Devices, choose, mesh_sizes
-from experiments.models import TRUNKS
+from experiments.train.model import TRUNKS
 
 # Beyond it a number is infinite in float32, in which all is computed.
 LARGEST = float(np.finfo(np.float32).max)

@@ -21,17 +21,19 @@ import pytest
 import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
-from experiments import checkpoints, toy2d
-from experiments.checkpoints import Checkpoints
+from experiments import toy2d
 from experiments.data.batches import train_batches
 from experiments.data.splits import Split
-from experiments.history import load_snapshot
 from experiments.launch.mesh import Devices, choose, over_mesh
 from experiments.launch.run_folder import RunError
 from experiments.launch.stopping import Stop
-from experiments.models import Classifier
-from experiments.progress import Progress
-from experiments.training import Tally, create_state, train_epoch, train_step
+from experiments.train import checkpoint
+from experiments.train.checkpoint import Checkpoints
+from experiments.train.logging import Progress
+from experiments.train.loop import train_epoch
+from experiments.train.model import Classifier
+from experiments.train.snapshots import load_snapshot
+from experiments.train.step import Tally, create_state, train_step
 
 ARMS = ('softmax', 'center')
 STEPS = 3  # an epoch of the digits has at this batch size
@@ -57,7 +59,7 @@ def what_came_out(out: Path) -> dict[str, Any]:
         with np.load(path) as arrays:
             ends[path.name] = {name: array.tobytes() for name, array in arrays.items()}
     for arm in ARMS:
-        saved = checkpoints.saved_params(out / 'checkpoints' / arm)
+        saved = checkpoint.saved_params(out / 'checkpoints' / arm)
         ends[arm] = {jax.tree_util.keystr(p): a.tobytes() for p, a in jax.tree_util.tree_leaves_with_path(saved)}
     return ends
 
@@ -354,8 +356,8 @@ def test_other_centers_are_an_error_that_names_both_shapes_and_the_recipe_keeps_
     assert 'keep_network' in message
     assert len(message.splitlines()) == 1
 
-    network = checkpoints.saved_params(tmp_path)['params']
-    params = {**state.params, 'params': checkpoints.keep_network(state.params['params'], network)}
+    network = checkpoint.saved_params(tmp_path)['params']
+    params = {**state.params, 'params': checkpoint.keep_network(state.params['params'], network)}
     trunk = next(name for name in network if name not in ('features', 'logits'))
     jax.tree.map(np.testing.assert_array_equal, params['params'][trunk], network[trunk])
     assert params['params']['logits']['kernel'].shape == (feature_dim, num_classes)
@@ -383,7 +385,7 @@ def some_devices(count: int, **sizes: int) -> Devices:
 def test_what_is_saved_on_some_devices_goes_on_on_others(tmp_path, saved, before, after):
     with Stop('') as stop, Checkpoints(tmp_path, 60, stop, before) as saves:
         saves.save(before.place_state(saved), train_batches(SPLIT, 10, 0), Tally())
-    assert checkpoints.saved_params(tmp_path)['centers']['center']['centers'].shape == (10, 2)
+    assert checkpoint.saved_params(tmp_path)['centers']['center']['centers'].shape == (10, 2)
     found, _ = restore(tmp_path, after.fetch(state_of(after)), after)
     jax.tree.map(np.testing.assert_array_equal, found[0].params, saved.params)
     jax.tree.map(np.testing.assert_array_equal, found[0].opt_state, saved.opt_state)

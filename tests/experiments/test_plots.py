@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.intervals import Interval, interval
 from experiments.plots import draw_roc, draw_sweep
-from experiments.scores import Roc
+from experiments.train.metrics import Interval, Roc, interval
 
 
 def curve(power: float) -> Roc:

@@ -15,7 +15,7 @@ from PIL import Image
 from experiments import predict, toy2d
 from experiments.contact_sheet import draw_contact_sheet
 from experiments.data.load import load
-from experiments.known import reach_of
+from experiments.train.thresholds import reach_of
 
 
 @pytest.fixture(scope='module')

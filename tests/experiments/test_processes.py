@@ -16,8 +16,8 @@ import pytest
 from test_checkpoints import run
 from test_toy2d import COLUMNS, rows, strict
 
-from experiments.checkpoints import saved_params
 from experiments.launch.rendezvous import JoinError, meet
+from experiments.train.checkpoint import saved_params
 
 QUICK = ('--batch-size', 500, '--epochs', 1)
 

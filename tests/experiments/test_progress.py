@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from experiments import toy2d
-from experiments.progress import Progress
-from experiments.training import Metrics
+from experiments.train.logging import Progress
+from experiments.train.step import Metrics
 
 
 @pytest.mark.parametrize('width', [60, 80, 90, 120])

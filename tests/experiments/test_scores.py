@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.intervals import interval
-from experiments.scores import Roc, unknown_auroc, verify
+from experiments.train.metrics import Roc, interval, unknown_auroc, verify
 
 LABELS = np.arange(60) % 4
 

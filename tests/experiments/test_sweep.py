@@ -14,7 +14,7 @@ import tiny
 from PIL import Image
 
 from experiments import sweep
-from experiments.cells import Cell
+from experiments.train.grid import Cell
 
 FLAGS = ('--epochs', 1, '--batch-size', 500, '--feature-dim', 2, '--seeds', 2, '--weights', 0.1, '--alphas', 0.5)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import prepare
 
 from experiments import verification
-from experiments.progress import Progress
+from experiments.train.logging import Progress
 
 QUICK = ('--parallel', 'none', '--batch-size', 500, '--epochs', 2, '--seeds', 2)
 MEASURES = {

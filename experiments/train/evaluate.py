@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,17 @@ from jax import Array
 
 import centerloss_jax as clj
 from experiments.data.batches import eval_batches
+from experiments.data.open_set import OpenSet
 from experiments.data.splits import LazySplit, Split
 from experiments.launch.mesh import Devices
+from experiments.train.metrics import Roc, unknown_auroc, verify
+from experiments.train.snapshots import Snapshot
+from experiments.train.thresholds import reach_of
 
 BATCH_SIZE = 512
+
+# A picture needs no more points than these, however large the set is.
+PICTURED_EXAMPLES = 4000
 
 # The softmax loss of features that tell nothing of the class, as a share of ln C, and their intra/inter ratio.
 COLLAPSED_LOSS, COLLAPSED_RATIO = 0.98, 2.0
@@ -92,3 +100,39 @@ def _measure(features: Array, logits: Array, labels: Array, centers: Array) -> t
         'softmax_loss': optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
         'intra_inter_ratio': clj.class_statistics(features, labels, len(centers)).ratio,
     }
+
+
+def sample(split: Split | LazySplit) -> Split:
+    """Examples from all over a split, as many as a picture shows."""
+    return Split(*split.take(np.linspace(0, len(split) - 1, min(PICTURED_EXAMPLES, len(split))).astype(int)))
+
+
+def snapshot_of(
+    epoch: int, state: TrainState, test: Evaluation, num_classes: int, train: Evaluation | None = None
+) -> Snapshot:
+    """What a picture shows of a state; of the train set nothing where it was not evaluated."""
+    return Snapshot(
+        epoch=epoch,
+        train_features=train.features if train else test.features[:0],
+        train_labels=train.labels if train else test.labels[:0],
+        test_features=test.features[:PICTURED_EXAMPLES],
+        test_labels=test.labels[:PICTURED_EXAMPLES],
+        centers=centers_of(state),
+        **test.measures(),
+        collapsed=test.collapsed(num_classes),
+    )
+
+
+def judge(state: TrainState, open_set: OpenSet, similarity: str, devices: Devices) -> tuple[dict[str, Any], Roc, float]:
+    """What one copy of a state is worth on known and on held-out classes, its curve, and its reach."""
+    test = evaluate(state, open_set.known.test, devices)
+    features, _, labels = embed(state, open_set.unknown, devices)
+    pairs, roc = verify(features, labels, similarity)
+    _, distances = nearest(state, features)
+    values = {
+        **test.measures(),
+        **pairs,
+        'unknown_auroc': unknown_auroc(test.distances, distances),
+        'collapsed': test.collapsed(open_set.known.num_classes),
+    }
+    return values, roc, reach_of(test.distances)

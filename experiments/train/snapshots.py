@@ -8,7 +8,22 @@ import numpy as np
 
 from experiments.launch import processes
 from experiments.launch.run_folder import RunError
-from experiments.panel import Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What one arm looks like after one epoch: N examples, D feature dimensions, C classes."""
+
+    epoch: int
+    train_features: np.ndarray  # [N, D]
+    train_labels: np.ndarray  # [N]
+    test_features: np.ndarray  # [M, D]
+    test_labels: np.ndarray  # [M]
+    centers: np.ndarray  # [C, D]
+    test_accuracy: float  # in [0, 1], as the next
+    nearest_center_accuracy: float
+    intra_inter_ratio: float  # of the test set; not a number where the features have collapsed
+    collapsed: bool
 
 
 class History:

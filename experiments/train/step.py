@@ -1,11 +1,9 @@
-"""The one training step and the one loop over an epoch that all experiments share."""
+"""The one training step that all experiments share, its metrics, and their sums over an epoch."""
 
 import functools
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +14,7 @@ from jax.sharding import Mesh
 
 import centerloss_jax as clj
 from experiments.launch.mesh import Devices
-from experiments.launch.processes import total
-from experiments.models import Classifier
+from experiments.train.model import Classifier
 
 
 def create_state(
@@ -113,54 +110,3 @@ class Tally(NamedTuple):
         """Means over the examples, and the rows left out so far."""
         means = Metrics(*(value / self.examples for value in self.sums))._replace(rows_left_out=self.left_out)
         return {**means._asdict(), 'epoch_seconds': self.seconds, 'steps_per_second': self.steps / self.seconds}
-
-
-class Saves(Protocol):
-    """Where a loop leaves what it has, now and then."""
-
-    def due(self) -> bool: ...
-    def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None: ...
-
-
-def train_epoch(
-    state: TrainState,
-    step: Callable,
-    batches: grain.DatasetIterator,
-    steps: int,
-    center_weight: Any,
-    devices: Devices,
-    report: Callable[[int, Metrics, float], None],
-    tally: Tally | None = None,
-    saves: Saves | None = None,
-) -> tuple[TrainState, dict[str, float]]:
-    """Runs an epoch of `steps` steps, or the rest of it behind `tally`, and saves within it where a save is due.
-
-    A few times a second it tells `report` steps done, latest metrics, steps a second.
-
-    Returns the state and the epoch's metrics: means over its examples, and the rows left out so far.
-    """
-    begun = start = told = time.perf_counter()
-    tally = tally or Tally()
-    counts, history, first = [], [], tally.steps
-    # Nothing may go to a device or come from it by the way: each such transfer would make the loop wait.
-    with jax.transfer_guard('disallow'):
-        for done in range(first + 1, steps + 1):
-            images, labels = next(batches)
-            state, metrics = step(state, *devices.place_batch(images, labels), center_weight)
-            counts.append(int((labels >= 0).sum()))
-            history.append(metrics)
-            now = time.perf_counter()
-            if now - told > 0.3 or done == steps:
-                # An earlier step's metrics: reading the latest would make the host wait for the device.
-                latest = devices.fetch(history[max(0, len(history) - 3)])
-                report(done, Metrics(*latest.tolist()), (done - first) / (now - begun))
-                told = now
-            last = done == steps
-            if last or (saves is not None and saves.due()):
-                fetched = devices.fetch(history)
-                now = time.perf_counter()
-                tally = tally.add(total(counts), fetched, now - start)
-                counts, history, start = [], [], now
-                if saves is not None and not last:
-                    saves.save(state, batches, tally)
-    return state, tally.row()

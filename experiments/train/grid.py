@@ -23,17 +23,16 @@ import numpy as np
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import load
 from experiments.data.open_set import OpenSet, divide
-from experiments.evaluation import evaluate
-from experiments.history import load_snapshot, save_snapshot
 from experiments.launch import processes
 from experiments.launch.flags import Common
 from experiments.launch.mesh import Devices, choose
 from experiments.launch.run_folder import RunError, read_json, write_json
 from experiments.launch.stopping import Stop
-from experiments.models import Classifier
-from experiments.toy2d import sample, snapshot
-from experiments.training import create_state, train_epoch, train_step
-from experiments.verification import judge
+from experiments.train.evaluate import evaluate, judge, sample, snapshot_of
+from experiments.train.loop import train_epoch
+from experiments.train.model import Classifier
+from experiments.train.snapshots import load_snapshot, save_snapshot
+from experiments.train.step import create_state, train_step
 
 
 class Cell(NamedTuple):
@@ -71,14 +70,16 @@ class Task(NamedTuple):
     folder: Path
 
 
-def load_parts(settings: Common, held_out: str) -> OpenSet:
+def load_open_set(settings: Common, held_out: str) -> OpenSet:
     """The dataset of a sweep, known and held-out classes."""
     return divide(load(settings.dataset, settings.data_dir, settings.image_size), held_out)
 
 
-def work_on_devices(task: Task, cells: Sequence[Cell], parts: OpenSet, devices: Devices, stop: Stop) -> Iterator[Cell]:
+def work_on_devices(
+    task: Task, cells: Sequence[Cell], open_set: OpenSet, devices: Devices, stop: Stop
+) -> Iterator[Cell]:
     """Trains the cells one after the other and yields each one when it is done; raises Stopped if it was asked to."""
-    trainer = Trainer(task, parts, devices)
+    trainer = Trainer(task, open_set, devices)
     for cell in cells:
         trainer.train(cell)
         yield cell
@@ -133,7 +134,7 @@ def _end_with_parent() -> None:
 
 @cache
 def _trainer() -> 'Trainer':
-    return Trainer(_task, load_parts(_task.settings, _task.held_out), choose('none'))
+    return Trainer(_task, load_open_set(_task.settings, _task.held_out), choose('none'))
 
 
 def _train(cell: Cell) -> None:
@@ -143,15 +144,15 @@ def _train(cell: Cell) -> None:
 class Trainer:
     """Trains cells on some devices, all of them with one compiled step."""
 
-    def __init__(self, task: Task, parts: OpenSet, devices: Devices):
-        self._task, self._parts, self._devices = task, parts, devices
+    def __init__(self, task: Task, open_set: OpenSet, devices: Devices):
+        self._task, self._open_set, self._devices = task, open_set, devices
         self._step = devices.compile(train_step)
         # The same object for all cells of a dimension, so that they share a compiled step.
-        self._model = cache(lambda dim: Classifier(task.settings.model, dim, parts.known.num_classes))
+        self._model = cache(lambda dim: Classifier(task.settings.model, dim, open_set.known.num_classes))
 
     def train(self, cell: Cell) -> None:
         """Trains a cell and writes its files."""
-        task, devices, known = self._task, self._devices, self._parts.known
+        task, devices, known = self._task, self._devices, self._open_set.known
         settings, model = task.settings, self._model(cell.feature_dim)
         begun = time.perf_counter()
         state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
@@ -162,10 +163,10 @@ class Trainer:
         for _ in range(settings.epochs):
             state, _ = train_epoch(state, self._step, batches, steps, weight, devices, lambda *_: None)
         one = devices.one(state)
-        values, _, _ = judge(one, self._parts, task.similarity, devices)
+        values, _, _ = judge(one, self._open_set, task.similarity, devices)
         if cell.feature_dim == 2:
             train, test = (evaluate(one, split, devices) for split in (sample(known.train), known.test))
-            shown = snapshot(settings.epochs, one, test, known.num_classes, train)
+            shown = snapshot_of(settings.epochs, one, test, known.num_classes, train)
             if processes.first():
                 save_snapshot(cell.path(task.folder).with_suffix('.npz'), shown)
         if processes.first():  # the file says that the cell is done, so it comes last

@@ -5,28 +5,29 @@ epoch, and what is made of the arm at its end, is the experiment's own.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
+import grain
 import jax
 import numpy as np
 from flax.training.train_state import TrainState
 from rich.console import Console
 
-from experiments.checkpoints import RECIPE, Checkpoints, newest
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import Dataset, load
 from experiments.launch import processes
 from experiments.launch.flags import Settings
+from experiments.launch.mesh import Devices
 from experiments.launch.run_folder import CHECKPOINTS, PROFILE, TENSORBOARD, Run, RunError, environment, in_a_line
 from experiments.launch.stopping import Stop
-from experiments.models import Classifier
-from experiments.profiling import traced
-from experiments.progress import Progress
-from experiments.scalars import Scalars
-from experiments.training import Tally, create_state, train_epoch, train_step
+from experiments.train.checkpoint import RECIPE, Checkpoints, newest
+from experiments.train.logging import Progress, Scalars, traced
+from experiments.train.model import Classifier
+from experiments.train.step import Metrics, Tally, create_state, train_step
 
 Result = TypeVar('Result')
 
@@ -174,3 +175,54 @@ class Job:
     def seconds(self, arm: Arm) -> float:
         """How long the arm was trained."""
         return sum(row['epoch_seconds'] for row in self.run.keep(arm.name, self.settings.epochs))
+
+
+class Saves(Protocol):
+    """Where a loop leaves what it has, now and then."""
+
+    def due(self) -> bool: ...
+    def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None: ...
+
+
+def train_epoch(
+    state: TrainState,
+    step: Callable,
+    batches: grain.DatasetIterator,
+    steps: int,
+    center_weight: Any,
+    devices: Devices,
+    report: Callable[[int, Metrics, float], None],
+    tally: Tally | None = None,
+    saves: Saves | None = None,
+) -> tuple[TrainState, dict[str, float]]:
+    """Runs an epoch of `steps` steps, or the rest of it behind `tally`, and saves within it where a save is due.
+
+    A few times a second it tells `report` steps done, latest metrics, steps a second.
+
+    Returns the state and the epoch's metrics: means over its examples, and the rows left out so far.
+    """
+    begun = start = told = time.perf_counter()
+    tally = tally or Tally()
+    counts, history, first = [], [], tally.steps
+    # Nothing may go to a device or come from it by the way: each such transfer would make the loop wait.
+    with jax.transfer_guard('disallow'):
+        for done in range(first + 1, steps + 1):
+            images, labels = next(batches)
+            state, metrics = step(state, *devices.place_batch(images, labels), center_weight)
+            counts.append(int((labels >= 0).sum()))
+            history.append(metrics)
+            now = time.perf_counter()
+            if now - told > 0.3 or done == steps:
+                # An earlier step's metrics: reading the latest would make the host wait for the device.
+                latest = devices.fetch(history[max(0, len(history) - 3)])
+                report(done, Metrics(*latest.tolist()), (done - first) / (now - begun))
+                told = now
+            last = done == steps
+            if last or (saves is not None and saves.due()):
+                fetched = devices.fetch(history)
+                now = time.perf_counter()
+                tally = tally.add(processes.total(counts), fetched, now - start)
+                counts, history, start = [], [], now
+                if saves is not None and not last:
+                    saves.save(state, batches, tally)
+    return state, tally.row()

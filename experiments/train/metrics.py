@@ -1,11 +1,16 @@
 """What features are worth for classes that were never trained on: pairs told apart, neighbours found, strangers seen.
 
-All curves and areas are scikit-learn's.
+All curves and areas are scikit-learn's. A mean over seeds has its 95 % interval, without which no two arms can be
+compared.
 """
 
-from typing import NamedTuple
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from sklearn.metrics.pairwise import cosine_similarity, euclidean_distances
 
@@ -62,3 +67,30 @@ def unknown_auroc(known: np.ndarray, unknown: np.ndarray) -> float:
     if not np.isfinite(distances).all():
         return np.nan
     return float(roc_auc_score(np.arange(len(distances)) >= len(known), distances))
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean and the bounds within which, at 95 %, the mean over all seeds lies. Of one value there are no bounds."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """By Student's t, since seeds are few."""
+    mean, count = float(np.mean(values)), len(values)
+    half = math.nan
+    if count > 1:
+        half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+    return Interval(mean, mean - half, mean + half)
+
+
+def intervals(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Interval]:
+    """That of each of these columns over the rows."""
+    return {key: interval([row[key] for row in rows]) for key in keys}

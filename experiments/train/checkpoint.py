@@ -26,7 +26,7 @@ from experiments.launch import processes
 from experiments.launch.mesh import Devices
 from experiments.launch.run_folder import RunError
 from experiments.launch.stopping import Stop
-from experiments.training import Tally
+from experiments.train.step import Tally
 
 KEPT = 2
 
