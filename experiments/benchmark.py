@@ -21,7 +21,6 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from experiments import jax_arms, torch_arms
-from experiments.benchmark_figure import draw
 from experiments.data.batches import process_slice, steps_of, train_batches
 from experiments.data.load import load
 from experiments.jax_arms import Arm, Cell
@@ -30,6 +29,7 @@ from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags, flag
 from experiments.launch.mesh import choose
 from experiments.launch.run_folder import check_folder, environment, in_a_line
+from experiments.plots.step_times import draw_step_times
 from experiments.timing import Timing, bandwidth, keep_freed_memory, measure, on_cpu
 from experiments.train.loop import train_epoch
 from experiments.train.model import Classifier
@@ -100,7 +100,7 @@ def main(config: Config) -> None:
         rows += toy(config, torch, console)
     config.out.mkdir(parents=True, exist_ok=True)
     write_table(config.out / 'benchmark.csv', rows)
-    draw(config.out / 'benchmark.png', rows)
+    draw_step_times(config.out / 'benchmark.png', rows)
     tell(f'{config.out / "benchmark.csv"} has all figures, and benchmark.png beside it the picture')
 
 

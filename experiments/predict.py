@@ -12,7 +12,6 @@ import numpy as np
 import simple_parsing
 from rich.console import Console
 
-from experiments.contact_sheet import draw_contact_sheet
 from experiments.data.image_files import SUFFIXES
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
@@ -23,6 +22,7 @@ from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags
 from experiments.launch.mesh import choose
 from experiments.launch.run_folder import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
+from experiments.plots.contact_sheet import draw_contact_sheet
 from experiments.train.checkpoint import saved_params
 from experiments.train.evaluate import embed, nearest
 from experiments.train.model import Classifier

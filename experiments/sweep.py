@@ -20,15 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.data.load import Dataset
 from experiments.data.open_set import OpenSet
-from experiments.figures import draw_features
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
 from experiments.launch.mesh import Devices, choose
 from experiments.launch.run_folder import CELLS, Run, environment, in_a_line
 from experiments.launch.stopping import Stop
-from experiments.plots import draw_sweep
-from experiments.report import write_report
+from experiments.plots.curves import draw_sweep
+from experiments.plots.features import draw_features
+from experiments.plots.report import write_report
 from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
 from experiments.train.metrics import intervals
 from experiments.train.snapshots import load_snapshot
@@ -145,7 +145,7 @@ def main(config: Config) -> None:
     write_table(run.out / TABLE, rows)
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
     run.write_summary(summary)
-    draw(config, open_set.known, summary, run)
+    _draw(config, open_set.known, summary, run)
     console.print(f'{run.out / "report.html"} has the pictures and all numbers', highlight=False, soft_wrap=True)
 
 
@@ -208,7 +208,7 @@ def name(weight: float, alpha: float) -> str:
     return f'weight {weight:g}, alpha {alpha:g}' if weight else 'softmax'
 
 
-def draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) -> None:
+def _draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) -> None:
     """Draws the pictures and writes the page."""
     pairs = [(weight, alpha) for weight in config.weights if weight for alpha in config.alphas]
     measures = {shown: {pair: summary[name(*pair)][measure] for pair in pairs} for measure, shown in DRAWN.items()}

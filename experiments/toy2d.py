@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
-from experiments import figures
 from experiments.data.load import Dataset
 from experiments.launch import cli, processes
 from experiments.launch.flags import Settings
 from experiments.launch.run_folder import SNAPSHOTS, Run
-from experiments.report import write_report
+from experiments.plots.features import animate_features, draw_features
+from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, sample, snapshot_of
 from experiments.train.loop import Arm, Job
 from experiments.train.snapshots import History, Snapshot
@@ -65,14 +65,14 @@ def main(config: Config) -> None:
 
     summary = job.train(arms, look, finish)
     job.run.write_summary(summary)
-    job.console.print(table(summary))
+    job.console.print(summary_table(summary))
     if processes.first():
         write_known(job.run.out, data.class_names, reach)
-        draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
+        _draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
 
 
-def table(summary: dict[str, dict[str, Any]]) -> Table:
+def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
     """The results as a terminal shows them."""
     # A word a line, so that a narrow terminal cuts none.
     rows = Table('arm', *(Column(name.replace(' ', '\n'), justify='right') for name in COLUMNS.values()))
@@ -82,7 +82,7 @@ def table(summary: dict[str, dict[str, Any]]) -> Table:
     return rows
 
 
-def draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summary: dict[str, Any], run: Run) -> None:
+def _draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summary: dict[str, Any], run: Run) -> None:
     """Draws the pictures and writes the page."""
     arms = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     named = {arms[arm]: snapshots for arm, snapshots in history.items()}
@@ -90,8 +90,8 @@ def draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summ
     title = f'{data.name}, {config.model}, {epochs}, seed {config.seed}'
     picture, film = run.out / 'features.png', run.out / 'features.gif'
     last = {name: snapshots[-1] for name, snapshots in named.items()}
-    figures.draw_features(picture, last, data.class_names, title=title)
-    figures.animate_features(film, named, data.class_names, title=title)
+    draw_features(picture, last, data.class_names, title=title)
+    animate_features(film, named, data.class_names, title=title)
     write_report(
         run.out / 'report.html',
         title=f'Softmax and center loss: {title}',

@@ -19,8 +19,8 @@ from experiments.data.open_set import OpenSet, divide
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Settings
-from experiments.plots import draw_roc
-from experiments.report import MEASURES, write_report
+from experiments.plots.curves import draw_roc
+from experiments.plots.report import MEASURES, write_report
 from experiments.train.evaluate import evaluate, judge
 from experiments.train.loop import Arm, Job
 from experiments.train.metrics import Interval, Roc, intervals
@@ -84,11 +84,11 @@ def main(config: Config) -> None:
         rocs[name].append(roc)
     summary = compare(rows)
     job.run.write_summary(summary)
-    job.console.print(table(summary))
+    job.console.print(interval_table(summary))
     if processes.first():
         write_table(job.run.out / TABLE, rows)
         write_known(job.run.out, open_set.known.class_names, reach)
-        draw(config, job, open_set, rocs, summary)
+        _draw(config, job, open_set, rocs, summary)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
 
 
@@ -107,7 +107,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
+def interval_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     """The results as a terminal shows them: mean and half of the 95 % interval."""
     rows = Table('', *(Column(arm, justify='right') for arm in summary))
     for key, value in summary['softmax'].items():
@@ -128,7 +128,7 @@ def mean_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(
+def _draw(
     config: Config, job: Job, open_set: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]
 ) -> None:
     """Draws the curves and writes the page."""

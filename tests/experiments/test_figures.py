@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from experiments.figures import MAX_FRAMES, animate_features, draw_features
-from experiments.projection import plane_of
+from experiments.plots.features import MAX_FRAMES, animate_features, draw_features
+from experiments.plots.projection import plane_of
 from experiments.train.snapshots import Snapshot
 
 DIGITS = [str(c) for c in range(10)]

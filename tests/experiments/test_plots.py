@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.plots import draw_roc, draw_sweep
+from experiments.plots.curves import draw_roc, draw_sweep
 from experiments.train.metrics import Interval, Roc, interval
 
 

@@ -13,8 +13,8 @@ import tiny
 from PIL import Image
 
 from experiments import predict, toy2d
-from experiments.contact_sheet import draw_contact_sheet
 from experiments.data.load import load
+from experiments.plots.contact_sheet import draw_contact_sheet
 from experiments.train.thresholds import reach_of
 
 

@@ -27,7 +27,9 @@ def test_a_line_has_the_arm_the_share_done_loss_accuracy_rate_and_time_left(widt
 def test_the_table_of_results_cuts_no_word(width):
     values = {'test_accuracy': 0.9, 'nearest_center_accuracy': 0.9, 'intra_inter_ratio': 0.1, 'train_seconds': 1221.0}
     console = Console(file=io.StringIO(), width=width)
-    console.print(toy2d.table({'softmax': {**values, 'collapsed': False}, 'center': {**values, 'collapsed': True}}))
+    console.print(
+        toy2d.summary_table({'softmax': {**values, 'collapsed': False}, 'center': {**values, 'collapsed': True}})
+    )
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]  # it is a StringIO
     assert '…' not in shown
     assert all(word in shown for word in ('accuracy', 'intra/inter', 'seconds', '(collapsed)', '1221.0'))

@@ -12,8 +12,8 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
-from experiments import curves
-from experiments.report import MEASURES, write_report
+from experiments.plots import charts
+from experiments.plots.report import MEASURES, write_report
 
 ARM = {
     'test_accuracy': 0.95273,
@@ -232,23 +232,23 @@ def test_parts_that_an_experiment_does_not_have_leave_no_empty_sections(write):
 
 def test_columns_without_anything_to_show_have_no_chart():
     rows = [row(e, 'arm', loss=e, empty=None, zero=0, nan=math.nan, seconds=1.0) for e in (1, 2)]
-    assert [chart.column for chart in curves.charts(rows)] == ['loss']
+    assert [chart.column for chart in charts.charts(rows)] == ['loss']
 
 
 def test_a_curve_goes_through_its_values():
     """On a linear axis, y goes down in the drawing as values go up: 0, 1 and 4 are 1 and 3 parts apart."""
-    (chart,) = curves.charts([row(e, 'arm', loss=v) for e, v in ((1, 0.0), (2, 1.0), (5, 4.0))])
+    (chart,) = charts.charts([row(e, 'arm', loss=v) for e, v in ((1, 0.0), (2, 1.0), (5, 4.0))])
     assert not chart.logarithmic
     (x0, y0), (x1, y1), (x2, y2) = points(chart.curves[0].path)
     assert x2 - x1 == pytest.approx(3 * (x1 - x0), abs=0.4)
     assert y1 - y2 == pytest.approx(3 * (y0 - y1), abs=0.4)
-    assert curves.LEFT == x0 < x2 == curves.RIGHT
+    assert charts.LEFT == x0 < x2 == charts.RIGHT
     ticks = {value: y for y, value in chart.y_ticks}
     assert (ticks[0], ticks[4]) == pytest.approx((y0, y2), abs=0.1)
 
 
 def test_values_of_several_magnitudes_get_a_logarithmic_axis():
-    (chart,) = curves.charts([row(e, 'arm', ratio=10.0**-e) for e in (1, 2, 3)])
+    (chart,) = charts.charts([row(e, 'arm', ratio=10.0**-e) for e in (1, 2, 3)])
     assert chart.logarithmic
     (_, y0), (_, y1), (_, y2) = points(chart.curves[0].path)
     assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2) != 0
@@ -257,7 +257,7 @@ def test_values_of_several_magnitudes_get_a_logarithmic_axis():
 
 def test_a_missing_value_is_a_gap_not_a_line():
     values = [1.0, 2.0, None, 3.0, math.nan, 4.0]
-    (chart,) = curves.charts([row(e, 'arm', loss=v) for e, v in enumerate(values)])
+    (chart,) = charts.charts([row(e, 'arm', loss=v) for e, v in enumerate(values)])
     assert chart.curves[0].path.count('M') == 3
     assert len(points(chart.curves[0].path)) == 4
     assert chart.curves[0].last == 4.0
@@ -265,10 +265,10 @@ def test_a_missing_value_is_a_gap_not_a_line():
 
 @pytest.mark.parametrize('values', [[0.5], [2.3026] * 3, [2.3026, 2.30261], [-1.0, 3.0], [1e-9, 1e9]])
 def test_odd_values_stay_within_the_drawing(values):
-    (chart,) = curves.charts([row(e, 'arm', loss=v) for e, v in enumerate(values)])
+    (chart,) = charts.charts([row(e, 'arm', loss=v) for e, v in enumerate(values)])
     for x, y in points(chart.curves[0].path):
-        assert curves.LEFT <= x <= curves.RIGHT
-        assert curves.TOP <= y <= curves.BOTTOM
+        assert charts.LEFT <= x <= charts.RIGHT
+        assert charts.TOP <= y <= charts.BOTTOM
     assert len(chart.y_ticks) >= 2
     assert len({f'{value:.4g}' for _, value in chart.y_ticks}) == len(chart.y_ticks)
 

@@ -14,11 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
-from experiments.panel import PALETTE, Panel, numbers_of, window_of
-from experiments.projection import Plane, plane_of
+from experiments.plots.panel import PALETTE, Panel, numbers_of, window_of
+from experiments.plots.projection import Plane, plane_of
 from experiments.train.snapshots import Snapshot
-
-__all__ = ['MAX_FRAMES', 'Snapshot', 'animate_features', 'draw_features']
 
 MAX_FRAMES = 60
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import jinja2
 
-from experiments import curves
 from experiments.launch.atomic_files import write_text
+from experiments.plots import charts
 from experiments.train.metrics import Interval
 
 # Name and meaning, in the order in which a page shows them.
@@ -120,7 +120,7 @@ def write_report(
       command: What to type to make the results again.
     """
     arms = {name: values for name, values in summary.items() if isinstance(values, Mapping)}
-    charts = curves.charts(metrics)
+    drawn = charts.charts(metrics)
     measures = _in_order({key for values in arms.values() for key in values})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -139,10 +139,10 @@ def write_report(
         collapsed=[name for name, values in arms.items() if values.get('collapsed')],
         remarks={key: value for key, value in summary.items() if key not in arms},
         pictures=pictures,
-        charts=sorted(charts, key=lambda chart: _rank(chart.column)),
-        drawing=curves,
+        charts=sorted(drawn, key=lambda chart: _rank(chart.column)),
+        drawing=charts,
         meanings={
-            key: MEASURES[key][1] for key in _in_order({*measures, *(c.column for c in charts)}) if key in MEASURES
+            key: MEASURES[key][1] for key in _in_order({*measures, *(c.column for c in drawn)}) if key in MEASURES
         },
         settings={key: value for key, value in config.items() if not isinstance(value, Mapping)},
         tables={key: value for key, value in config.items() if isinstance(value, Mapping)},

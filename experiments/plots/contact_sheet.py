@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 # Pictures on a sheet: more are too small to be recognised.
-SHOWN = 60
-COLUMNS = 10
+MAX_IMAGES = 60
+IMAGES_A_ROW = 10
 
 
 def draw_contact_sheet(
@@ -18,13 +18,13 @@ def draw_contact_sheet(
 
     Of many images some from all over are shown, and the title says so.
     """
-    shown = np.unique(np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(int))
-    rows = math.ceil(len(shown) / COLUMNS)
-    figure = Figure(figsize=(1.25 * COLUMNS, 1.6 * rows + 0.8), dpi=100, layout='constrained')
+    shown = np.unique(np.linspace(0, len(images) - 1, min(MAX_IMAGES, len(images))).round().astype(int))
+    rows = math.ceil(len(shown) / IMAGES_A_ROW)
+    figure = Figure(figsize=(1.25 * IMAGES_A_ROW, 1.6 * rows + 0.8), dpi=100, layout='constrained')
     if len(shown) < len(images):
         title += f' ({len(shown)} of {len(images)} images)'
     figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
-    for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
+    for axes in figure.subplots(rows, IMAGES_A_ROW, squeeze=False).flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     for axes, place in zip(figure.axes, shown, strict=False):

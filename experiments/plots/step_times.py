@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 # Told apart by colour, line and marker, so that print and the colour-blind lose nothing (Okabe and Ito's colours).
-STYLES = {
+ARM_STYLES = {
     'centerloss_jax': ('#000000', '-', 'o'),
     'torch, B x C matrix': ('#D55E00', '--', 's'),
     'torch, autograd': ('#CC79A7', '--', '^'),
@@ -20,13 +20,13 @@ STYLES = {
 OTHER = ('#56B4E9', '-', '<')  # the mesh that --mesh names
 
 
-def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+def draw_step_times(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws the rows of the first allocator."""
     rows = [row for row in rows if row['allocator'] == rows[0]['allocator']]
     sizes = sorted({row['batch_size'] for row in rows})
     figure = Figure(figsize=(3.6 * len(sizes) + 1.2, 3.8), layout='constrained')
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    arms = {**STYLES, **{row['arm']: OTHER for row in rows if row['arm'] not in STYLES}}
+    arms = {**ARM_STYLES, **{row['arm']: OTHER for row in rows if row['arm'] not in ARM_STYLES}}
     for panel, size in zip(panels, sizes, strict=True):
         for arm, (colour, line, marker) in arms.items():
             own = [row for row in rows if row['arm'] == arm and row['batch_size'] == size]

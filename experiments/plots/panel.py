@@ -9,8 +9,8 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from experiments.labels import place_labels
-from experiments.projection import Plane
+from experiments.plots.projection import Plane
+from experiments.plots.text_placement import place_labels
 from experiments.train.snapshots import Snapshot
 
 MAX_POINTS = 4000
