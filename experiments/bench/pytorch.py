@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.jax_arms import ALPHA, Arm, Cell
-from experiments.timing import on_cpu
+from experiments.bench.problem import ALPHA, Implementation, Problem
+from experiments.bench.timing import on_cpu
 
 DENSE_LIMIT = 2**31  # bytes of a B x C matrix, of which the dense form needs several
 
@@ -34,26 +34,26 @@ def _device(torch: Any) -> str:
     return 'cuda' if torch.cuda.is_available() and not on_cpu() else 'cpu'
 
 
-def _arm(torch: Any, one: Callable) -> Arm:
+def _implementation(torch: Any, one: Callable) -> Implementation:
     def steps():
         while True:
             yield one()
 
     cuda = _device(torch) == 'cuda'
-    return Arm(steps(), lambda _: torch.cuda.synchronize() if cuda else None)
+    return Implementation(steps(), lambda _: torch.cuda.synchronize() if cuda else None)
 
 
-def _problem(torch: Any, cell: Cell) -> tuple[Any, Any, Any]:
-    x, labels = (torch.from_numpy(array).to(_device(torch)) for array in cell.batch())
-    return torch.ones((cell.num_classes, cell.feature_dim), device=_device(torch)), x, labels.long()
+def _problem(torch: Any, problem: Problem) -> tuple[Any, Any, Any]:
+    x, labels = (torch.from_numpy(array).to(_device(torch)) for array in problem.batch())
+    return torch.ones((problem.num_classes, problem.feature_dim), device=_device(torch)), x, labels.long()
 
 
-def dense(torch: Any, cell: Cell) -> Arm | None:
+def dense(torch: Any, problem: Problem) -> Implementation | None:
     """The well-known module: all B x C distances by the expanded square, masked by the labels; SGD for the centers."""
-    if cell.batch_size * cell.num_classes * 4 > DENSE_LIMIT:
+    if problem.batch_size * problem.num_classes * 4 > DENSE_LIMIT:
         return None
-    table, x, labels = _problem(torch, cell)
-    classes = torch.arange(cell.num_classes, device=table.device)
+    table, x, labels = _problem(torch, problem)
+    classes = torch.arange(problem.num_classes, device=table.device)
 
     def loss(x, centers):
         products = x.pow(2).sum(1, keepdim=True) + centers.pow(2).sum(1) - 2 * x @ centers.T
@@ -62,20 +62,20 @@ def dense(torch: Any, cell: Cell) -> Arm | None:
     return _trained(torch, table, x, loss)
 
 
-def autograd(torch: Any, cell: Cell) -> Arm:
+def autograd(torch: Any, problem: Problem) -> Implementation:
     """`centers[labels]` under autograd, and SGD for the centers: a dense gradient."""
-    table, x, labels = _problem(torch, cell)
+    table, x, labels = _problem(torch, problem)
     return _trained(torch, table, x, lambda x, centers: (x - centers[labels]).pow(2).sum(1).mean())
 
 
-def sparse(torch: Any, cell: Cell) -> Arm:
+def sparse(torch: Any, problem: Problem) -> Implementation:
     """`F.embedding(sparse=True)` and SGD: a sparse gradient."""
-    table, x, labels = _problem(torch, cell)
+    table, x, labels = _problem(torch, problem)
     embed = torch.nn.functional.embedding
     return _trained(torch, table, x, lambda x, centers: (x - embed(labels, centers, sparse=True)).pow(2).sum(1).mean())
 
 
-def _trained(torch: Any, table: Any, x: Any, loss: Callable) -> Arm:
+def _trained(torch: Any, table: Any, x: Any, loss: Callable) -> Implementation:
     centers, x = torch.nn.Parameter(table), x.requires_grad_()
     optimizer = torch.optim.SGD([centers], lr=ALPHA)
 
@@ -85,7 +85,7 @@ def _trained(torch: Any, table: Any, x: Any, loss: Callable) -> Arm:
         loss(x, centers).backward()
         optimizer.step()
 
-    return _arm(torch, one)
+    return _implementation(torch, one)
 
 
 def _by_hand(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
@@ -94,20 +94,20 @@ def _by_hand(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
     return difference.pow(2).sum(1).mean(), 2 / len(x) * difference
 
 
-def eager(torch: Any, cell: Cell) -> Arm:
+def eager(torch: Any, problem: Problem) -> Implementation:
     """Eq. 4 by hand with `index_add_`."""
-    table, x, labels = _problem(torch, cell)
-    return _arm(torch, lambda: _by_hand(table, x, labels, _counts(torch, labels)))
+    table, x, labels = _problem(torch, problem)
+    return _implementation(torch, lambda: _by_hand(table, x, labels, _counts(torch, labels)))
 
 
-def compiled(torch: Any, cell: Cell) -> Arm:
+def compiled(torch: Any, problem: Problem) -> Implementation:
     """The same under `torch.compile`, the counts outside: their size is not known when it compiles."""
-    table, x, labels = _problem(torch, cell)
+    table, x, labels = _problem(torch, problem)
     by_hand = torch.compile(_by_hand)
-    return _arm(torch, lambda: by_hand(table, x, labels, _counts(torch, labels)))
+    return _implementation(torch, lambda: by_hand(table, x, labels, _counts(torch, labels)))
 
 
-ARMS = {
+FORMS = {
     'torch, B x C matrix': dense,
     'torch, autograd': autograd,
     'torch, sparse SGD': sparse,
@@ -116,7 +116,9 @@ ARMS = {
 }
 
 
-def toy(torch: Any, images: np.ndarray, labels: np.ndarray, num_classes: int, learning_rate: float) -> Arm:
+def toy_step(
+    torch: Any, images: np.ndarray, labels: np.ndarray, num_classes: int, learning_rate: float
+) -> Implementation:
     """A training step of the toy's small network on one batch: Adam for it, SGD for the centers, as people write it."""
     layers, channels = [], images.shape[-1]
     for width in (32, 64):
@@ -142,4 +144,4 @@ def toy(torch: Any, images: np.ndarray, labels: np.ndarray, num_classes: int, le
         adam.step()
         sgd.step()
 
-    return _arm(torch, one)
+    return _implementation(torch, one)

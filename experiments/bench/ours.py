@@ -3,45 +3,19 @@
 A step is the loss, its gradient for the features, and the centers moved by Eq. 4, with the table donated.
 """
 
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
+from experiments.bench.problem import ALPHA, Implementation, Problem
 from experiments.data.batches import process_slice
 from experiments.launch.mesh import Devices, choose
-
-ALPHA = 0.5
-
-
-class Cell(NamedTuple):
-    """The size of a problem."""
-
-    batch_size: int
-    num_classes: int
-    feature_dim: int
-
-    def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Features and labels, the same for every arm."""
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((self.batch_size, self.feature_dim), np.float32)
-        return x, rng.integers(0, self.num_classes, self.batch_size, np.int32)
-
-
-class Arm(NamedTuple):
-    """Steps, how to wait for the result of one, and what the compiler says of them, where there is one."""
-
-    steps: Iterator[Any]
-    wait: Callable[[Any], Any] = jax.block_until_ready
-    temporary_bytes: int | None = None
-    accessed_bytes: float | None = None
 
 
 def step(table, state, x, labels, axis_name=None, mesh=None):
@@ -57,26 +31,28 @@ def step(table, state, x, labels, axis_name=None, mesh=None):
     return optax.apply_updates(table, updates), state, loss, gradient
 
 
-def one_device(cell: Cell) -> Arm:
-    table = jnp.ones((cell.num_classes, cell.feature_dim))
+def one_device(problem: Problem) -> Implementation:
+    table = jnp.ones((problem.num_classes, problem.feature_dim))
     state = clj.center_update().init(table)
-    return _arm(jax.jit(step, donate_argnums=0), table, state, jax.device_put(cell.batch()))
+    return _implementation(jax.jit(step, donate_argnums=0), table, state, jax.device_put(problem.batch()))
 
 
-def all_devices(cell: Cell, devices: Devices, rows_over: str | None = None) -> Arm:
+def all_devices(problem: Problem, devices: Devices, rows_over: str | None = None) -> Implementation:
     """Over the devices as `experiments` lays a batch and a state out; rows of the table over an axis."""
-    table = jnp.ones((cell.num_classes, cell.feature_dim))
+    table = jnp.ones((problem.num_classes, problem.feature_dim))
     state = devices.place_state(clj.center_update().init(table))
     if devices.mesh is not None and rows_over is not None:
         table = clj.shard_centers(table, NamedSharding(devices.mesh, P(rows_over, None)))
     else:
         table = devices.place_state(table)
     whole = step if devices.mesh is None else partial(step, mesh=devices.mesh)
-    own, _ = process_slice(cell.batch_size, jax.process_index(), jax.process_count())
-    return _arm(devices.compile(whole), table, state, devices.place_batch(*(array[own] for array in cell.batch())))
+    own, _ = process_slice(problem.batch_size, jax.process_index(), jax.process_count())
+    return _implementation(
+        devices.compile(whole), table, state, devices.place_batch(*(array[own] for array in problem.batch()))
+    )
 
 
-def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
+def _implementation(jitted: Any, table: Any, state: Any, batch: Any) -> Implementation:
     compiled = jitted.lower(table, state, *batch).compile()
 
     def steps():
@@ -87,14 +63,14 @@ def _arm(jitted: Any, table: Any, state: Any, batch: Any) -> Arm:
             del loss, gradient  # or the next step could not have their memory
 
     cost = compiled.cost_analysis() or {}
-    return Arm(
+    return Implementation(
         steps(),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         accessed_bytes=cost.get('bytes accessed'),
     )
 
 
-def arms(devices: Devices, mesh: str | None = None) -> dict[str, Any]:
+def layouts(devices: Devices, mesh: str | None = None) -> dict[str, Any]:
     """What can be measured: one device, and these in the layout of `--mesh`, or in each that there is."""
     arms: dict[str, Any] = {'centerloss_jax': one_device}
     if mesh is not None:
