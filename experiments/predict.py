@@ -30,7 +30,7 @@ from experiments.train.step import create_state
 from experiments.train.thresholds import read_known
 
 UNKNOWN = 'unknown'
-TABLE, PICTURE = 'predictions.csv', 'predictions.png'
+_TABLE, _PICTURE = 'predictions.csv', 'predictions.png'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ def main(config: Config) -> None:
         for name, label, own, distance in zip(names, found, classes, distances, strict=True)
     ]
     out.mkdir(parents=True, exist_ok=True)
-    write_table(out / TABLE, rows)
+    write_table(out / _TABLE, rows)
     captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
     title = f'{config.images}: nearest center and distance, unknown beyond {reach[arm]:.3g}'
-    draw_contact_sheet(out / PICTURE, split.images, captions, unknown, title=title)
+    draw_contact_sheet(out / _PICTURE, split.images, captions, unknown, title=title)
     text = f'{len(rows)} images, {unknown.sum()} of them unknown; {out / "predictions.png"} shows them'
     console.print(text, highlight=False, soft_wrap=True)
 
@@ -88,7 +88,7 @@ def _folder(config: Config) -> Path:
     out = config.out or config.run / 'predictions'
     if processes.first():
         check_folder(out)
-    taken = [name for name in (TABLE, PICTURE) if (out / name).exists()]
+    taken = [name for name in (_TABLE, _PICTURE) if (out / name).exists()]
     if taken and config.out and not config.overwrite:
         raise RunError(f'--out {out} holds {taken[0]}; name another folder, or pass --overwrite to replace it')
     return out

@@ -33,10 +33,10 @@ from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, wor
 from experiments.train.metrics import intervals
 from experiments.train.snapshots import load_snapshot
 
-TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
+_TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
 
 # Of both settings, one is shown while the other varies.
-ALPHA = 0.5
+DEFAULT_ALPHA = 0.5
 
 DRAWN = {
     'verification_accuracy': 'verification accuracy',
@@ -111,7 +111,7 @@ class Config(Common, DeviceFlags):
 
     @property
     def shown_alpha(self) -> float:
-        return min(self.alphas, key=lambda alpha: abs(alpha - ALPHA))
+        return min(self.alphas, key=lambda alpha: abs(alpha - DEFAULT_ALPHA))
 
 
 def main(config: Config) -> None:
@@ -142,7 +142,7 @@ def main(config: Config) -> None:
     if not processes.first():
         return
     rows = [cell.read(folder) for cell in cells]
-    write_table(run.out / TABLE, rows)
+    write_table(run.out / _TABLE, rows)
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
     run.write_summary(summary)
     _draw(config, open_set.known, summary, run)

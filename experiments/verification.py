@@ -26,7 +26,7 @@ from experiments.train.loop import Arm, Job
 from experiments.train.metrics import Interval, Roc, intervals
 from experiments.train.thresholds import write_known
 
-TABLE, PICTURE = 'verification.csv', 'roc.png'
+_TABLE, _PICTURE = 'verification.csv', 'roc.png'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     job.run.write_summary(summary)
     job.console.print(interval_table(summary))
     if processes.first():
-        write_table(job.run.out / TABLE, rows)
+        write_table(job.run.out / _TABLE, rows)
         write_known(job.run.out, open_set.known.class_names, reach)
         _draw(config, job, open_set, rocs, summary)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
@@ -136,7 +136,7 @@ def _draw(
     names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     labelled = {f'{names[arm]} (AUC {summary[arm]["auc"].mean:.3f})': curves for arm, curves in rocs.items()}
     title = f'{open_set.known.name}, {len(set(open_set.unknown.labels.tolist()))} held-out classes'
-    draw_roc(out / PICTURE, labelled, title=f'Pairs of {title}')
+    draw_roc(out / _PICTURE, labelled, title=f'Pairs of {title}')
     seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
     write_report(
         out / 'report.html',
@@ -145,7 +145,7 @@ def _draw(
         'the center loss changes a measure if its interval leaves out 0.',
         summary=summary,
         metrics=mean_rows(job.run.metrics()),
-        pictures={'Which share of like pairs is accepted at which share of unlike ones': out / PICTURE},
+        pictures={'Which share of like pairs is accepted at which share of unlike ones': out / _PICTURE},
         config=job.run.config(),
         command=config.command(),
     )

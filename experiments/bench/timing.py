@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 8  # steps
-PATIENCE = 4.0  # seconds for an arm in a turn, once it has warmed up
+TURN_SECONDS = 4.0  # seconds for an arm in a turn, once it has warmed up
 # Bytes of the array that shows the bandwidth: beyond every cache, on a CPU and on an accelerator.
 COPIED, COPIED_THERE = 2**28, 2**31
 
@@ -45,7 +45,7 @@ def measure(steps: Iterator[Any], rounds: int, wait: Callable[[Any], Any] = jax.
 
     Several processes must take the same steps, however slow these are to one of them.
     """
-    patience = PATIENCE if jax.process_count() == 1 else math.inf
+    patience = TURN_SECONDS if jax.process_count() == 1 else math.inf
     _block(steps, wait, patience / 4)
     begun = time.perf_counter()
     seconds = [_block(steps, wait, patience / 4)]

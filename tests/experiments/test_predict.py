@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
+from support import tiny
 
 from experiments import predict, toy2d
 from experiments.data.load import load

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
+from support import tiny
 
 from experiments import sweep
 from experiments.train.grid import Cell

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import tiny
 from PIL import Image
-from tiny import prepare
+from support import tiny
+from support.tiny import prepare
 
 from experiments import verification
 from experiments.train.logging import Progress

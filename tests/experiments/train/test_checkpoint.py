@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
 from experiments import toy2d

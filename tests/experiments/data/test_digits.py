@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from sklearn.datasets import load_digits
-from tiny import all_of, counts
+from support.tiny import all_of, counts
 
 from experiments.data.load import load
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from tiny import all_of, counts
+from support.tiny import all_of, counts
 
 from experiments.data.load import load
 from experiments.data.tfds_cache import DataError

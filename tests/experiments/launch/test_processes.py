@@ -8,16 +8,20 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_checkpoints import run
-from test_toy2d import COLUMNS, rows, strict
+from support import tiny
+from support.tiny import COLUMNS, rows, strict
 
+from experiments import toy2d
 from experiments.launch.rendezvous import JoinError, meet
 from experiments.train.checkpoint import saved_params
+
+run = partial(tiny.run, toy2d)
 
 QUICK = ('--batch-size', 500, '--epochs', 1)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from tiny import examples, prepare
+from support.tiny import examples, prepare
 
 from experiments.data import load as module
 from experiments.data import splits

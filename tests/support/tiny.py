@@ -1,5 +1,7 @@
 """What the tests of experiments share: tiny prepared datasets, as no test may need a download, and the command line."""
 
+import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,12 @@ from PIL import Image
 from experiments.data.load import Dataset
 from experiments.data.splits import LazySplit, Split
 from experiments.launch import cli
+
+# Columns of metrics.csv.
+COLUMNS = {
+    *('epoch', 'arm', 'softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy'),
+    *('nearest_center_accuracy', 'intra_inter_ratio', 'center_step_norm', 'rows_left_out'),
+}
 
 
 def prepare(
@@ -75,3 +83,16 @@ def run(experiment: Any, *flags: object) -> int:
     code = end.value.code
     assert isinstance(code, int)
     return code
+
+
+def refuse(constant: str):
+    raise AssertionError(f'{constant} is not JSON')
+
+
+def strict(path: Path) -> dict:
+    return json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / 'metrics.csv').open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from tiny import all_of, counts, prepare
+from support.tiny import all_of, counts, prepare
 
 from experiments.data import open_set, splits
 from experiments.data.load import Dataset, load
