@@ -6,8 +6,11 @@ sums over the part of the epoch that is done. Nothing else is random or remember
 """
 
 import functools
+import itertools
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 import time
@@ -29,6 +32,9 @@ from experiments.stopping import Stop
 from experiments.training import Tally
 
 KEPT = 2
+
+# What Orbax names the folder of a save that it has not finished; older releases add the time.
+UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp(-\d+)?')
 
 # Several processes must save at the same step. To agree on it each time would make them wait for their devices.
 AGREE_EVERY = 16
@@ -80,21 +86,38 @@ class Checkpoints:
     def restore(
         self, like: TrainState, batches: grain.DatasetIterator, tell: Callable[[str], None]
     ) -> tuple[TrainState, Tally] | None:
-        """The newest save that is whole, or None; `batches` go on from there. Those after it are named and removed."""
-        for path in _unfinished(self._folder, self._manager) if processes.first() else ():
+        """Returns the newest save that is whole, or None; `batches` go on from there.
+
+        Names the damaged saves after it and moves them aside.
+
+        Raises:
+          RunError: if a save does not fit `like`, or if the system fails to read one. Every save stays in place then.
+        """
+        for path in _unfinished(self._folder) if processes.first() else ():
             tell(f'{path} is unfinished; it is left out')
             shutil.rmtree(path)
         processes.together('unfinished saves are gone')
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in _steps(self._folder):
+            path, found, error = self._folder / str(step), None, None
             try:
+                _check_readable(path)
                 _check_shapes(self._manager.item_metadata(step)['state'], like)
-                state, rest = _read(self._manager, step, like)
+                found = _read(self._manager, step, like)
             except RunError:
                 raise
-            except Exception as error:  # whatever a damaged file leads to, in Orbax or in what is below it
-                tell(f'{self._folder / str(step)} is damaged; it is left out ({_reason(error)})')
-                self._manager.delete(step)
+            except Exception as caught:  # whatever a damaged file leads to, in Orbax or in what is below it
+                _check_system(path, caught)
+                error = caught
+            if any(processes.largest(found is None)):
+                reason = _reason(error) if error else 'another process could not read it'
+                if processes.first():
+                    aside = _move_aside(path)
+                    tell(f'{path} is damaged; it is left out and now {aside.name} ({reason})')
+                processes.together('a damaged save is aside')
+                self._manager.reload()
                 continue
+            assert found is not None
+            state, rest = found
             batches.set_state(rest['position'])
             return state, Tally(*rest['tally'])
         return None
@@ -109,14 +132,19 @@ def saved_params(folder: Path | str) -> dict[str, Any]:
     """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy."""
     logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that it will not write
     with _manager(Path(folder), read_only=True, create=False, save_interval_steps=0) as manager:
-        step = manager.latest_step()
+        step = next(iter(_steps(Path(folder))), None)
         if step is None:
             raise RunError(f'{folder} holds no save; name a folder such as runs/toy2d/checkpoints/center')
+        path = Path(folder) / str(step)
         try:
+            _check_readable(path)
             return _read(manager, step)[0]['params']
+        except RunError:
+            raise
         except Exception as error:
+            _check_system(path, error)
             raise RunError(
-                f'{Path(folder) / str(step)} is damaged ({_reason(error)}); remove report.html of its run and give '
+                f'{path} is damaged ({_reason(error)}); remove report.html of its run and give '
                 "the run's line again with --resume, which makes the save anew"
             ) from error
 
@@ -140,7 +168,7 @@ def _forget_abandoned_reads() -> None:
     logging.getLogger('asyncio').addFilter(lambda record: 'never retrieved' not in record.getMessage())
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -168,9 +196,65 @@ def _checksum(state: Any, rest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([leaves, rest], sort_keys=True).encode())
 
 
-def _unfinished(folder: Path, manager: ocp.CheckpointManager) -> list[Path]:
-    finished = {str(step) for step in manager.all_steps()}
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in finished)
+def _unfinished(folder: Path) -> list[Path]:
+    """Returns the folders that Orbax writes a save to before it renames them; other files may be anyone's."""
+    paths = _listed(folder)
+    return [path for path in paths if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _steps(folder: Path) -> list[int]:
+    """Returns the steps that have a save, the newest first. Orbax has none where it fails to list the folder."""
+    names = [path.name for path in _listed(folder)]
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _check_readable(path: Path) -> None:
+    """Raises RunError if the system fails to read a file of a save. Orbax may take that for a missing file."""
+    if path.is_dir():
+        for entry in _listed(path):
+            _check_readable(entry)
+        return
+    try:
+        with path.open('rb') as file:
+            while file.read(2**20):
+                pass
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_system(save: Path, error: BaseException | None) -> None:
+    """Raises RunError if it was the system that failed while Orbax read a save, not the save that is damaged."""
+    absent = FileNotFoundError, IsADirectoryError, NotADirectoryError
+    cause = error
+    while cause is not None:
+        failed = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and not isinstance(cause, absent))
+        # TensorStore passes an error of the system on as text.
+        if failed or '[OS error ' in str(cause):
+            raise _unreadable(save, cause) from error
+        cause = cause.__cause__ or cause.__context__
+    _check_readable(save)
+
+
+def _unreadable(path: Path, error: BaseException) -> RunError:
+    reason = error.strerror if isinstance(error, OSError) else None
+    return RunError(
+        f'{path} could not be read ({reason or _reason(error)}); nothing is removed. Mend that, or move '
+        'the save to another folder, and give the same line again'
+    )
+
+
+def _move_aside(save: Path) -> Path:
+    """Renames a damaged save, so that its step can be saved again, and returns the new path."""
+    names = (f'{save.name}.damaged{number or ""}' for number in itertools.count())
+    aside = next(path for name in names if not os.path.lexists(path := save.with_name(name)))
+    return save.rename(aside)
 
 
 def _check_shapes(saved: Any, like: TrainState) -> None:

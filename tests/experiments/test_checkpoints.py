@@ -1,9 +1,11 @@
 """Runs that are stopped, killed, extended or moved to other devices end as one that was left alone."""
 
 import csv
+import errno
 import json
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -323,6 +325,90 @@ def test_a_damaged_or_unfinished_latest_save_is_named_and_the_one_before_it_used
     shutil.copytree(tmp_path / 'others' / '2', folder / '2')
     found, said = restore(folder, saved, one_device)
     assert (said, found[1].steps) == ([], 2)
+
+
+def bytes_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file() and not path.is_symlink()}
+
+
+@pytest.mark.parametrize('name', ['rest/metadata', 'state/_METADATA', 'state/manifest.ocdbt', 'largest'])
+def test_an_error_of_the_device_is_one_line_and_leaves_every_save(tmp_path, saved, one_device, name):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    path = largest(folder / '2' / 'state') if name == 'largest' else folder / '2' / name
+    path.unlink()
+    path.symlink_to('/proc/self/mem')  # reading its first bytes is EIO
+    before = bytes_of(folder)
+    for read in (partial(restore, folder, saved, one_device), partial(checkpoints.saved_params, folder)):
+        with pytest.raises(RunError, match='could not be read') as error:
+            read()
+        message = str(error.value)
+        assert str(path) in message
+        assert os.strerror(errno.EIO) in message
+        assert '\n' not in message
+        assert bytes_of(folder) == before
+    path.unlink()
+    path.write_bytes(b'')
+    found, _ = restore(folder, saved, one_device)
+    assert found[2] == 1
+
+
+def test_too_many_open_files_leave_every_save(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    before = bytes_of(folder)
+    batches, said = train_batches(SPLIT, 10, 0), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device) as saves:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(RunError, match='could not be read') as error:
+                saves.restore(saved, batches, said.append)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert os.strerror(errno.EMFILE) in str(error.value)
+        assert (said, bytes_of(folder)) == ([], before)
+        found = saves.restore(saved, batches, said.append)
+    assert found is not None
+    assert found[1].steps == 2
+
+
+def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_device, monkeypatch):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    before = bytes_of(folder)
+    batches, said = train_batches(SPLIT, 10, 0), []
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    check = checkpoints._check_shapes
+
+    def check_and_use_all_files(*args):
+        check(*args)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, limit[1]))
+
+    monkeypatch.setattr(checkpoints, '_check_shapes', check_and_use_all_files)
+    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device) as saves:
+        try:
+            with pytest.raises(RunError, match='could not be read'):
+                saves.restore(saved, batches, said.append)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert (said, bytes_of(folder)) == ([], before)
+
+
+def test_damaged_saves_are_moved_aside_whole(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    for name in ('2.damaged', '2.damaged1'):
+        save_twice(folder, saved, one_device)
+        flip(folder / '2')
+        before = bytes_of(folder / '2')
+        _, said = restore(folder, saved, one_device)
+        assert name in said[0]
+        assert list(bytes_of(folder / name).values()) == list(before.values())
+        shutil.rmtree(folder / '1')
 
 
 def test_a_damaged_snapshot_is_named(tmp_path):
