@@ -204,8 +204,11 @@ def _unfinished(folder: Path) -> list[Path]:
 
 def _steps(folder: Path) -> list[int]:
     """Returns the steps that have a save, the newest first. Orbax has none where it fails to list the folder."""
-    names = [path.name for path in _listed(folder)]
-    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+    paths = [path for path in _listed(folder) if path.name.isdecimal() and path.name == str(int(path.name))]
+    for path in paths:
+        if path.is_symlink() or not path.is_dir():
+            raise RunError(f'{path} has the name of a save, but is a link or a file; move it out of the folder')
+    return sorted((int(path.name) for path in paths), reverse=True)
 
 
 def _listed(folder: Path) -> list[Path]:

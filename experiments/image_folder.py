@@ -7,6 +7,7 @@ prints, or an error before anything is prepared.
 import collections
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder
     home = data_dir / 'image_folders' / f'{folder.name}-{place}-{fingerprint(splits)}'
     copy = home / ImageFolder.name / str(ImageFolder.VERSION)
     builder = prepare_once(copy, lambda: ImageFolder(folder, splits, data_dir=home))
-    for other in home.parent.glob(f'*-{place}-*'):
-        if other != home:
+    for other in home.parent.iterdir():
+        if other != home and re.fullmatch(f'.*-{place}-[0-9a-f]{{16}}', other.name):
             shutil.rmtree(other, ignore_errors=True)
     return builder, (*notes, *builder.info.description.splitlines())
 

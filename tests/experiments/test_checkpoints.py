@@ -411,6 +411,44 @@ def test_damaged_saves_are_moved_aside_whole(tmp_path, saved, one_device):
         shutil.rmtree(folder / '1')
 
 
+def test_other_files_beside_the_saves_stay(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    mine = tmp_path / 'mine'
+    mine.mkdir()
+    (mine / 'file').write_text('mine')
+    shutil.copytree(folder / '2', folder / '2.bak')
+    shutil.copytree(folder / '2', folder / '2.orbax-checkpoint-tmp.bak')
+    (folder / 'notes').mkdir()
+    (folder / 'notes' / 'file').write_text('mine')
+    for name in ('link', '7.orbax-checkpoint-tmp'):
+        (folder / name).symlink_to(mine)
+    (folder / 'broken').symlink_to('nowhere')
+    before, names = bytes_of(tmp_path), sorted(os.listdir(folder))
+    (folder / '9.orbax-checkpoint-tmp').mkdir()
+    found, said = restore(folder, saved, one_device)
+    assert (found[1].steps, len(said)) == (2, 1)
+    assert (bytes_of(tmp_path), sorted(os.listdir(folder))) == (before, names)
+
+
+def link_to_a_folder(path: Path) -> None:
+    path.symlink_to(path.parents[1])
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to('nowhere')
+
+
+@pytest.mark.parametrize('make', [link_to_a_folder, link_to_nothing, Path.touch])
+def test_a_link_or_file_with_the_name_of_a_save_is_one_line(tmp_path, saved, one_device, make):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    make(folder / '3')
+    with pytest.raises(RunError, match='saves/3 has the name of a save'):
+        restore(folder, saved, one_device)
+    assert os.path.lexists(folder / '3')
+
+
 def test_a_damaged_snapshot_is_named(tmp_path):
     path = tmp_path / 'center-2.npz'
     path.write_bytes(b'PK')

@@ -111,6 +111,15 @@ def test_a_folder_is_prepared_again_when_its_files_change(folder, cache, change,
     assert len(list(cache.glob('image_folders/pets-*'))) == 1
 
 
+def test_another_copy_beside_the_prepared_ones_stays(folder, cache):
+    load(str(folder), cache)
+    (home,) = cache.glob('image_folders/pets-*')
+    kept = home.rename(home.with_name(f'{home.name}.bak'))
+    change_a_file(folder)
+    load(str(folder), cache)
+    assert kept.exists()
+
+
 def test_an_unchanged_folder_is_not_prepared_again(folder, cache):
     load(str(folder), cache)
     (copy,) = cache.glob('image_folders/pets-*/*/*/features.json')
