@@ -4,7 +4,6 @@ A copy is looked for by its folder alone, so that no other version of its code k
 """
 
 import contextlib
-import fcntl
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_builder
+
+from experiments import files
 
 
 class DataError(Exception):
@@ -22,8 +23,7 @@ class DataError(Exception):
 def lock(data_dir: Path) -> Iterator[None]:
     """Lets one process prepare; the others of the same run wait, and then find the copy there."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / '.lock').open('w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.lock(data_dir / '.lock'):
         yield
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import processes
+from experiments.files import draft
 from experiments.panel import Snapshot
 from experiments.runs import RunError
 
@@ -38,7 +39,8 @@ class History:
 
 
 def save_snapshot(path: Path, snapshot: Snapshot) -> None:
-    np.savez(path, **dataclasses.asdict(snapshot))
+    with draft(path) as file:
+        np.savez(file, **dataclasses.asdict(snapshot))
 
 
 def load_snapshot(path: Path) -> Snapshot:

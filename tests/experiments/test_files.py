@@ -1,0 +1,98 @@
+"""Files are written whole, and never through a link that somebody put in their place."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import copies, files
+from experiments.history import load_snapshot, save_snapshot
+from experiments.panel import Snapshot
+from experiments.runs import write_json
+
+SNAPSHOT = Snapshot(
+    epoch=1,
+    train_features=np.zeros((0, 2), np.float32),
+    train_labels=np.zeros(0, np.int32),
+    test_features=np.ones((3, 2), np.float32),
+    test_labels=np.arange(3, dtype=np.int32),
+    centers=np.ones((3, 2), np.float32),
+    test_accuracy=1.0,
+    nearest_center_accuracy=1.0,
+    intra_inter_ratio=0.5,
+    collapsed=False,
+)
+
+
+def write_snapshot(path: Path) -> None:
+    save_snapshot(path, SNAPSHOT)
+
+
+def write_config(path: Path) -> None:
+    write_json(path, {'seed': 1})
+
+
+def write_figure(path: Path) -> None:
+    files.save_figure(path, Figure())
+
+
+@pytest.fixture
+def theirs(tmp_path) -> Path:
+    """A file that no program here may write to."""
+    path = tmp_path / 'theirs'
+    path.write_text('theirs')
+    return path
+
+
+@pytest.mark.parametrize('beside', [True, False], ids=['draft', 'file'])
+@pytest.mark.parametrize(
+    ('name', 'write'),
+    [('config.json', write_config), ('center-1.npz', write_snapshot), ('features.png', write_figure)],
+)
+def test_a_file_is_not_written_through_a_link(tmp_path, theirs, name, write, beside):
+    path = tmp_path / name
+    (path.with_name(f'.{name}.draft') if beside else path).symlink_to(theirs)
+    write(path)
+    assert theirs.read_text() == 'theirs'
+    assert path.is_file()
+    assert not path.is_symlink()
+
+
+def test_what_is_written_is_read(tmp_path):
+    write_config(tmp_path / 'config.json')
+    assert json.loads((tmp_path / 'config.json').read_text()) == {'seed': 1}
+    write_snapshot(tmp_path / 'center-1.npz')
+    np.testing.assert_array_equal(load_snapshot(tmp_path / 'center-1.npz').test_labels, SNAPSHOT.test_labels)
+    write_figure(tmp_path / 'features.png')
+    assert (tmp_path / 'features.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_file_stays_whole_where_writing_its_successor_fails(tmp_path):
+    path = tmp_path / 'text'
+    files.write_text(path, 'whole')
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, 'half \ud800')
+    assert path.read_text() == 'whole'
+
+
+def test_a_lock_neither_empties_its_file_nor_follows_a_link(tmp_path, theirs):
+    lock = tmp_path / '.lock'
+    lock.write_text('kept')
+    with copies.lock(tmp_path):
+        pass
+    assert lock.read_text() == 'kept'
+    lock.unlink()
+    lock.symlink_to(theirs)
+    with pytest.raises(OSError, match='symbolic link'), copies.lock(tmp_path):
+        pass
+    assert theirs.read_text() == 'theirs'
+
+
+def test_a_lock_is_held_by_one_and_ends_with_it(tmp_path):
+    with files.lock(tmp_path / '.lock'), pytest.raises(BlockingIOError), files.lock(tmp_path / '.lock', wait=False):
+        pass
+    with files.lock(tmp_path / '.lock', wait=False):
+        assert os.listdir(tmp_path) == ['.lock']
