@@ -27,6 +27,7 @@ from flax.training.train_state import TrainState
 
 from experiments import processes
 from experiments.devices import Devices
+from experiments.files import sync, sync_tree
 from experiments.runs import RunError
 from experiments.stopping import Stop
 from experiments.training import Tally
@@ -50,7 +51,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, every: float, stop: Stop, devices: Devices):
         self._folder = folder
-        self._manager = _manager(folder, max_to_keep=KEPT)
+        # Orbax calls it before it renames a save that it has written; only then does it remove an older one.
+        on_disk = ocp.AsyncOptions(post_finalization_callback=self._sync)
+        self._manager = _manager(folder, max_to_keep=KEPT, async_options=on_disk)
         self._every, self._stop, self._devices = every, stop, devices
         self._last, self._calls = time.monotonic(), 0
 
@@ -59,6 +62,8 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self._manager.close()
+        if processes.first():
+            sync(self._folder)
 
     def due(self) -> bool:
         wanted = time.monotonic() - self._last >= self._every
@@ -82,6 +87,12 @@ class Checkpoints:
         if self._stop.asked:
             self._manager.wait_until_finished()
             self._stop.obey()
+
+    def _sync(self) -> None:
+        """Waits until a save is on the disk. Process 0 has written it."""
+        if processes.first():
+            for path in _unfinished(self._folder):
+                sync_tree(path)
 
     def restore(
         self, like: TrainState, batches: grain.DatasetIterator, tell: Callable[[str], None]

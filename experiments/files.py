@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process that writes them is killed."""
+"""Files that are there whole or not at all, whenever the process that writes them is killed or power is cut."""
 
 import contextlib
 import csv
@@ -17,7 +17,28 @@ def draft(path: Path) -> Iterator[IO[bytes]]:
     beside.unlink(missing_ok=True)
     with _open(beside, os.O_RDWR | os.O_EXCL) as file:
         yield file
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
+    sync(path.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Waits until a folder, all in it and its own name are on the disk."""
+    for parent, _, names in os.walk(path):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def save_figure(path: Path, figure: Any, **options: Any) -> None:

@@ -257,6 +257,22 @@ def test_the_latest_save_is_restored_with_all_that_it_held(tmp_path, saved, one_
     assert position == 2
 
 
+def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, saved, one_device, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def record(number: int) -> None:
+        synced.append(os.readlink(f'/proc/self/fd/{number}'))
+        fsync(number)
+
+    monkeypatch.setattr(os, 'fsync', record)
+    save_twice(tmp_path, saved, one_device)
+    assert synced[-1] == str(tmp_path)
+    needed = [path for path in tmp_path.rglob('*') if path.name != 'commit_success.txt']
+    assert len(needed) > 20
+    assert {path.replace('.orbax-checkpoint-tmp', '') for path in synced} >= set(map(str, needed))
+    assert all('.orbax-checkpoint-tmp' in path for path in synced if path != str(tmp_path))
+
+
 def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import copies, files
+from experiments import builders, copies, files
 from experiments.history import load_snapshot, save_snapshot
 from experiments.panel import Snapshot
 from experiments.runs import write_json
@@ -96,3 +96,36 @@ def test_a_lock_is_held_by_one_and_ends_with_it(tmp_path):
         pass
     with files.lock(tmp_path / '.lock', wait=False):
         assert os.listdir(tmp_path) == ['.lock']
+
+
+@pytest.fixture
+def synced(monkeypatch) -> list[str]:
+    """The paths that the system is asked to write to the disk, and the renames among them."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(number: int) -> None:
+        calls.append(os.readlink(f'/proc/self/fd/{number}'))
+        fsync(number)
+
+    def record_replace(old: Path, new: Path) -> None:
+        calls.append('rename')
+        replace(old, new)
+
+    monkeypatch.setattr(os, 'fsync', record_fsync)
+    monkeypatch.setattr(os, 'replace', record_replace)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ('name', 'write'),
+    [('config.json', write_config), ('center-1.npz', write_snapshot), ('features.png', write_figure)],
+)
+def test_a_file_is_on_the_disk_before_it_is_in_its_place(tmp_path, synced, name, write):
+    write(tmp_path / name)
+    assert synced == [str(tmp_path / f'.{name}.draft'), 'rename', str(tmp_path)]
+
+
+def test_a_prepared_copy_is_on_the_disk(tmp_path, synced):
+    builder = builders.digits(tmp_path)
+    assert {str(path) for path in Path(builder.data_dir).rglob('*')} < set(synced)
