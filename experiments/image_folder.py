@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from experiments.builders import classification_info, prepare_once
 from experiments.copies import DataError
 from experiments.image_files import Splits, find_images, fingerprint
+from experiments.splits import FORMATS
 
 # Width and height where fewer than half of the images share a size: small, and things can be recognised.
 FALLBACK_SIZE = (64, 64)
@@ -97,7 +98,7 @@ def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, li
 
 def open_image(path: Path) -> tuple[Image.Image, bool]:
     """The image of a file upright, in mode L or RGB, transparent parts laid on white; and whether it had such parts."""
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         image = ImageOps.exif_transpose(file)
     grey = image.mode in ('1', 'L', 'LA') or image.mode.startswith('I')
     if image.mode.startswith('I'):  # 16 bits a pixel
@@ -112,7 +113,7 @@ def open_image(path: Path) -> tuple[Image.Image, bool]:
 
 def _image_or_path(path: Path, size: tuple[int, int], mode: str) -> Image.Image | str:
     """The path where the file can be stored as it is, which keeps a JPEG small."""
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         upright = file.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if file.size == size and file.mode == mode and upright and not file.has_transparency_data:
             return str(path)
