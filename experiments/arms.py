@@ -121,7 +121,8 @@ class Job:
                 )
                 initial = self.devices.fetch(placed)
                 folder = self.run.out / CHECKPOINTS / arm.name
-                with Checkpoints(folder, settings.save_every, stop, self.devices) as saves:
+                whose = {'arm': arm.name, 'seed': arm.seed}
+                with Checkpoints(folder, settings.save_every, stop, self.devices, **whose) as saves:
                     state = self._train(arm, initial, step, progress, saves, partial(look, arm))
                 results[arm.name] = finish(arm, state)
         return results

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ RECIPE = (
 class Checkpoints:
     """The saves of one arm in a folder of their own, `every` so many seconds. Use it in a `with` statement."""
 
-    def __init__(self, folder: Path, every: float, stop: Stop, devices: Devices):
+    def __init__(self, folder: Path, every: float, stop: Stop, devices: Devices, *, arm: str, seed: int):
         self._folder = folder
+        self._whose = {'arm': arm, 'seed': seed}
         # Orbax calls it before it renames a save that it has written; only then does it remove an older one.
         on_disk = ocp.AsyncOptions(post_finalization_callback=self._sync)
         self._manager = _manager(folder, max_to_keep=KEPT, async_options=on_disk)
@@ -77,7 +78,7 @@ class Checkpoints:
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None:
         """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped."""
         host = self._devices.fetch(state)
-        rest = {'position': batches.get_state(), 'tally': tally}
+        rest = {'position': batches.get_state(), 'tally': tally, **self._whose}
         items = {
             'state': ocp.args.StandardSave(host),
             'rest': ocp.args.JsonSave({**rest, 'checksum': _checksum(host, rest)}),
@@ -129,6 +130,7 @@ class Checkpoints:
                 continue
             assert found is not None
             state, rest = found
+            _check_whose(path, rest, self._whose)
             batches.set_state(rest['position'])
             return state, Tally(*rest['tally'])
         return None
@@ -139,8 +141,11 @@ def newest(folder: Path) -> int:
     return max((int(path.name) for path in folder.glob('*/*') if path.name.isdecimal()), default=0)
 
 
-def saved_params(folder: Path | str) -> dict[str, Any]:
-    """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy."""
+def saved_params(folder: Path | str, arm: str = '') -> dict[str, Any]:
+    """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy.
+
+    If `arm` is given, the save must be of that arm.
+    """
     logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that it will not write
     with _manager(Path(folder), read_only=True, create=False, save_interval_steps=0) as manager:
         step = next(iter(_steps(Path(folder))), None)
@@ -149,7 +154,9 @@ def saved_params(folder: Path | str) -> dict[str, Any]:
         path = Path(folder) / str(step)
         try:
             _check_readable(path)
-            return _read(manager, step)[0]['params']
+            state, rest = _read(manager, step)
+            _check_whose(path, rest, {'arm': arm} if arm else {})
+            return state['params']
         except RunError:
             raise
         except Exception as error:
@@ -199,6 +206,14 @@ def _read(manager: ocp.CheckpointManager, step: int, like: TrainState | None = N
     if rest.pop('checksum') != _checksum(state, rest):
         raise ValueError('its checksum is another')
     return state, rest
+
+
+def _check_whose(path: Path, rest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        if rest[name] != value:
+            raise RunError(
+                f'{path} is a save of {name} {rest[name]}, but here {name} is {value}; move it back to its own folder'
+            )
 
 
 def _checksum(state: Any, rest: dict[str, Any]) -> int:

@@ -197,6 +197,9 @@ SPLIT = Split(
 )
 
 
+OF = {'arm': 'center', 'seed': 0}
+
+
 def state_of(devices: Devices, num_classes: int = 10, feature_dim: int = 2) -> Any:
     """A state that has made a step, so that no leaf is 0 throughout, as it is on the devices."""
     model = Classifier('small', feature_dim, num_classes)
@@ -222,7 +225,7 @@ def saved(one_device) -> Any:
 def save_twice(folder: Path, state: Any, devices: Devices) -> None:
     """Saves a state as that of step 1 and, with other numbers, as that of step 2."""
     batches = train_batches(SPLIT, 10, 0)
-    with Stop('') as stop, Checkpoints(folder, 60, stop, devices) as saves:
+    with Stop('') as stop, Checkpoints(folder, 60, stop, devices, **OF) as saves:
         for step in (1, 2):
             next(batches)
             later = jax.tree.map(partial(np.multiply, step), state).replace(step=np.asarray(step, np.int32))
@@ -233,7 +236,7 @@ def restore(folder: Path, like: Any, devices: Devices) -> tuple[Any, list[str]]:
     """What is restored, or None, with the position in the data behind it; and what is said."""
     said = []
     batches = train_batches(SPLIT, 10, 0)
-    with Stop('') as stop, Checkpoints(folder, 60, stop, devices) as saves:
+    with Stop('') as stop, Checkpoints(folder, 60, stop, devices, **OF) as saves:
         found = saves.restore(like, batches, said.append)
     return found and (*found, batches.get_state()['next_index']), said
 
@@ -271,6 +274,18 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, saved, one_devic
     assert len(needed) > 20
     assert {path.replace('.orbax-checkpoint-tmp', '') for path in synced} >= set(map(str, needed))
     assert all('.orbax-checkpoint-tmp' in path for path in synced if path != str(tmp_path))
+
+
+@pytest.mark.parametrize(('name', 'value'), [('arm', 'softmax'), ('seed', 1)])
+def test_a_save_of_another_arm_or_seed_is_one_line(tmp_path, saved, one_device, name, value):
+    save_twice(tmp_path, saved, one_device)
+    before = bytes_of(tmp_path)
+    with Stop('') as stop, Checkpoints(tmp_path, 60, stop, one_device, **(OF | {name: value})) as saves:
+        with pytest.raises(RunError, match=rf'2 is a save of {name} {OF[name]}, but here {name} is {value}'):
+            saves.restore(saved, train_batches(SPLIT, 10, 0), print)
+        assert bytes_of(tmp_path) == before
+    with pytest.raises(RunError, match='save of arm center, but here arm is softmax'):
+        checkpoints.saved_params(tmp_path, 'softmax')
 
 
 def largest(folder: Path) -> Path:
@@ -375,7 +390,7 @@ def test_too_many_open_files_leave_every_save(tmp_path, saved, one_device):
     before = bytes_of(folder)
     batches, said = train_batches(SPLIT, 10, 0), []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device) as saves:
+    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device, **OF) as saves:
         free = os.dup(0)
         os.close(free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
@@ -406,7 +421,7 @@ def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_
         resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, limit[1]))
 
     monkeypatch.setattr(checkpoints, '_check_shapes', check_and_use_all_files)
-    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device) as saves:
+    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device, **OF) as saves:
         try:
             with pytest.raises(RunError, match='could not be read'):
                 saves.restore(saved, batches, said.append)
@@ -521,7 +536,7 @@ def some_devices(count: int, **sizes: int) -> Devices:
     ids=lambda devices: f'{len(devices.devices)} by {devices.mesh.shape if devices.mesh else "pmap"}',
 )
 def test_what_is_saved_on_some_devices_goes_on_on_others(tmp_path, saved, before, after):
-    with Stop('') as stop, Checkpoints(tmp_path, 60, stop, before) as saves:
+    with Stop('') as stop, Checkpoints(tmp_path, 60, stop, before, **OF) as saves:
         saves.save(before.place_state(saved), train_batches(SPLIT, 10, 0), Tally())
     assert checkpoints.saved_params(tmp_path)['centers']['center']['centers'].shape == (10, 2)
     found, _ = restore(tmp_path, after.fetch(state_of(after)), after)
