@@ -18,14 +18,19 @@ import jax
 
 from experiments import processes
 from experiments.devices import Devices
-from experiments.files import write_table, write_text
+from experiments.files import lock, write_table, write_text
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
 KNOWN = 'known.json'
+LOCK = '.lock'
 TABLES = ('verification.csv', 'sweep.csv')
 PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'report.html')
 FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile', 'cells')
 CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, CELLS = FOLDERS
+
+
+# The lock of the run that this process has begun. The kernel frees it when the process ends.
+_lock = contextlib.ExitStack()
 
 
 class RunError(Exception):
@@ -95,6 +100,7 @@ class Run:
                 'name another folder'
             )
         self.out = out
+        self._held = held
         self.resumed = held and resume
         self.rows: list[dict[str, Any]] = []
 
@@ -106,6 +112,9 @@ class Run:
         """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes
         all, or the results alone if that run is resumed. Of several processes the first one does it.
         """
+        if processes.first():
+            self._take()
+        processes.together('the folder is locked')
         if self.resumed and (self.out / METRICS).exists():
             self.rows = self.metrics()
         processes.together('all have seen the folder')
@@ -113,8 +122,20 @@ class Run:
             self._clear(config)
         processes.together('the folder is made')
 
-    def _clear(self, config: Mapping[str, Any]) -> None:
+    def _take(self) -> None:
+        """Locks the folder for this process, or raises RunError if another run is or was at work there."""
         self.out.mkdir(parents=True, exist_ok=True)
+        _lock.close()
+        try:
+            _lock.enter_context(lock(self.out / LOCK, wait=False))
+        except BlockingIOError as error:
+            raise RunError(f'--out {self.out} is in use by another run; wait for its end, or name another') from error
+        except OSError as error:
+            raise RunError(f'{self.out / LOCK} cannot be locked ({error.strerror}); name another --out') from error
+        if not self._held and (self.out / CONFIG).exists():
+            raise RunError(f'--out {self.out} holds a run that has begun since; name another folder')
+
+    def _clear(self, config: Mapping[str, Any]) -> None:
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
         if not self.resumed:  # the settings are replaced last: until then the rest is known as a run's

@@ -149,6 +149,35 @@ def events(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
+LOCKED = """
+import sys
+from pathlib import Path
+from experiments.files import lock
+
+with lock(Path(sys.argv[1], '.lock')):
+    print('locked', flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize('flags', [('--resume',), ('--overwrite',), ()])
+def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path, capsys, flags):
+    out = tmp_path / 'run'
+    out.mkdir()
+    (out / '.lock').touch()
+    command = [sys.executable, '-c', LOCKED, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b'locked\n'
+        assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 2
+        error = capsys.readouterr().err
+        assert 'in use by another run' in error
+        assert len(error.splitlines()) == 1
+        assert os.listdir(out) == ['.lock']
+        other.kill()
+    assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 0
+
+
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob('*')}
     assert run(*QUICK, '--epochs', 2, '--out', whole, '--resume') == 0
