@@ -22,7 +22,18 @@ from experiments.data import Dataset, load
 from experiments.models import Classifier
 from experiments.profiling import traced
 from experiments.progress import Progress
-from experiments.runs import CHECKPOINTS, PROFILE, TENSORBOARD, Run, RunError, environment, in_a_line
+from experiments.runs import (
+    CHECKPOINTS,
+    KNOWN,
+    METRICS,
+    PROFILE,
+    SUMMARY,
+    TENSORBOARD,
+    Run,
+    RunError,
+    environment,
+    in_a_line,
+)
 from experiments.scalars import Scalars
 from experiments.settings import Settings
 from experiments.stopping import Stop
@@ -52,9 +63,10 @@ class Job:
     def tell(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def finished(self) -> bool:
-        """Whether the run is there and whole; it says so."""
-        finished = self.run.finished({**self.settings.decisive(), 'epochs': self.settings.epochs})
+    def finished(self, *names: str) -> bool:
+        """Whether the run is there and whole, with further files of these names; it says so."""
+        settings = {**self.settings.decisive(), 'epochs': self.settings.epochs}
+        finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *names))
         if finished:
             self.tell(f'{self.run.out / "report.html"} has it all: the run is finished')
         return finished

@@ -9,16 +9,18 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from PIL import Image
 
 from experiments import processes
 from experiments.devices import Devices
 from experiments.files import lock, write_table, write_text
+from experiments.splits import FORMATS
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
 KNOWN = 'known.json'
@@ -104,9 +106,11 @@ class Run:
         self.resumed = held and resume
         self.rows: list[dict[str, Any]] = []
 
-    def finished(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a run of these settings is there with all that belongs to it. The page is written last."""
-        return self.resumed and (self.out / PAGES[-1]).exists() and self.config().items() >= plain(settings).items()
+    def finished(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
+        """Returns whether a run of these settings is there and its page and all files of these names are whole."""
+        if not self.resumed or not self.config().items() >= plain(settings).items():
+            return False
+        return all(_whole(self.out / name) for name in (PAGES[-1], *names))
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes
@@ -184,6 +188,18 @@ class Run:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.first():
             write_json(self.out / SUMMARY, summary)
+
+
+def _whole(path: Path) -> bool:
+    try:
+        if path.suffix == '.json':
+            return bool(read_json(path))
+        if path.suffix in ('.png', '.gif'):
+            with Image.open(path, formats=FORMATS) as image:
+                image.verify()
+        return path.stat().st_size > 0
+    except Exception:  # Pillow raises some ten types; the file is made again, whatever it was
+        return False
 
 
 def _remove(folder: Path) -> None:

@@ -29,7 +29,7 @@ from experiments.intervals import intervals
 from experiments.open_set import OpenSet
 from experiments.plots import draw_sweep
 from experiments.report import write_report
-from experiments.runs import CELLS, Run, environment, in_a_line
+from experiments.runs import CELLS, SUMMARY, Run, environment, in_a_line
 from experiments.settings import Common, check_alpha, check_weight
 from experiments.stopping import Stop
 from experiments.where import Where
@@ -124,7 +124,7 @@ def main(config: Config) -> None:
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
     wanted = {name: getattr(config, name) for name in ('weights', 'alphas', 'seeds')}
-    if run.finished({**config.decisive(), **wanted}):
+    if run.finished({**config.decisive(), **wanted}, (TABLE, SUMMARY, ACCURACY, WEIGHTS)):
         console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
         return
     parts = load_parts(config, config.held_out)

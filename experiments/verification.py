@@ -59,7 +59,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     job = Job(config)
-    if job.finished():
+    if job.finished(TABLE, 'roc.png'):
         return
     parts = divide(job.load(), config.held_out)
     for note in parts.known.notes:

@@ -149,6 +149,25 @@ def events(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ('name', 'damage'),
+    [('summary.json', Path.unlink), ('known.json', halve), ('features.png', halve), ('features.gif', Path.unlink)],
+)
+def test_what_a_finished_run_lacks_is_made_again(whole, tmp_path, capsys, name, damage):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    damage(out / name)
+    capsys.readouterr()
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
+    assert 'the run is finished' not in capsys.readouterr().out
+    assert_same_ends(out, whole)
+    assert json.loads((out / 'known.json').read_text()) == json.loads((whole / 'known.json').read_text())
+
+
 LOCKED = """
 import sys
 from pathlib import Path
