@@ -161,7 +161,7 @@ class Job:
         state = devices.place_state(host)
         one = devices.one(state)
         epochs = int(host.step) // steps
-        rows = self.run.keep(arm.name, epochs)
+        rows = self.run.keep(arm.name, epochs, saves.rows)
         if host is initial:
             look(0, one)
         else:
@@ -176,6 +176,7 @@ class Job:
             one = devices.one(state)
             row = {'epoch': epoch, 'arm': arm.name, **metrics, **look(epoch, one)}
             self.run.add_metrics(row)
+            saves.rows = self.run.saved_rows(arm.name)
             if scalars:
                 scalars.add(row)
             if epoch == last or saves.due():

@@ -52,6 +52,7 @@ class Checkpoints:
     def __init__(self, folder: Path, every: float, stop: Stop, devices: Devices, *, arm: str, seed: int):
         self._folder = folder
         self._whose = {'arm': arm, 'seed': seed}
+        self.rows: list[dict[str, Any]] = []  # the metrics of the epochs that are done, saved too
         # Orbax calls it before it renames a save that it has written; only then does it remove an older one.
         on_disk = ocp.AsyncOptions(post_finalization_callback=self._sync)
         self._manager = _manager(folder, max_to_keep=KEPT, async_options=on_disk)
@@ -78,7 +79,7 @@ class Checkpoints:
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None:
         """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped."""
         host = self._devices.fetch(state)
-        rest = {'position': batches.get_state(), 'tally': tally, **self._whose}
+        rest = {'position': batches.get_state(), 'tally': tally, 'rows': self.rows, **self._whose}
         items = {
             'state': ocp.args.StandardSave(host),
             'rest': ocp.args.JsonSave({**rest, 'checksum': _checksum(host, rest)}),
@@ -132,6 +133,7 @@ class Checkpoints:
             state, rest = found
             _check_whose(path, rest, self._whose)
             batches.set_state(rest['position'])
+            self.rows = rest['rows']
             return state, Tally(*rest['tally'])
         return None
 

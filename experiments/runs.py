@@ -158,8 +158,20 @@ class Run:
                     'give that, or another --out'
                 )
 
-    def keep(self, arm: str, epochs: int) -> list[dict[str, Any]]:
-        """Drops the rows of an arm beyond its first `epochs` epochs, and returns those."""
+    def saved_rows(self, arm: str) -> list[dict[str, Any]]:
+        """Returns the rows of an arm as they would be read from metrics.csv."""
+        rows = (row for row in self.rows if row['arm'] == arm)
+        return [{key: _number(str(value)) for key, value in row.items()} for row in rows]
+
+    def keep(self, arm: str, epochs: int, saved: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+        """Drops the rows of an arm beyond its first `epochs` epochs, and returns those.
+
+        Where metrics.csv lacks rows, takes the `saved` ones.
+        """
+        if sum(row['arm'] == arm for row in self.rows) < len(saved):
+            self.rows = [row for row in self.rows if row['arm'] != arm]
+            for row in saved:
+                self.add_metrics(row)
         self.rows = [row for row in self.rows if row['arm'] != arm or row['epoch'] <= epochs]
         kept = [row for row in self.rows if row['arm'] == arm]
         if [row['epoch'] for row in kept] != list(range(1, epochs + 1)):

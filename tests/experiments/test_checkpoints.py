@@ -155,7 +155,13 @@ def halve(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ('name', 'damage'),
-    [('summary.json', Path.unlink), ('known.json', halve), ('features.png', halve), ('features.gif', Path.unlink)],
+    [
+        ('metrics.csv', Path.unlink),
+        ('summary.json', Path.unlink),
+        ('known.json', halve),
+        ('features.png', halve),
+        ('features.gif', Path.unlink),
+    ],
 )
 def test_what_a_finished_run_lacks_is_made_again(whole, tmp_path, capsys, name, damage):
     out = tmp_path / 'run'
