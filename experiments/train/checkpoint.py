@@ -157,7 +157,8 @@ def saved_params(folder: Path | str, arm: str = '') -> dict[str, Any]:
         try:
             _check_readable(path)
             state, rest = _read(manager, step)
-            _check_whose(path, rest, {'arm': arm} if arm else {})
+            if arm:
+                _check_whose(path, rest, {'arm': arm})
             return state['params']
         except RunError:
             raise
@@ -211,6 +212,11 @@ def _read(manager: ocp.CheckpointManager, step: int, like: TrainState | None = N
 
 
 def _check_whose(path: Path, rest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if missing := [name for name in (*wanted, 'rows') if name not in rest]:
+        raise RunError(
+            f'{path} was saved by an earlier version, without {", ".join(missing)}; finish the run with that version, '
+            'or pass --overwrite to start it anew'
+        )
     for name, value in wanted.items():
         if rest[name] != value:
             raise RunError(

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from support import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
@@ -342,6 +343,28 @@ def test_a_save_of_another_arm_or_seed_is_one_line(tmp_path, saved, one_device, 
         assert bytes_of(tmp_path) == before
     with pytest.raises(RunError, match='save of arm center, but here arm is softmax'):
         checkpoint.saved_params(tmp_path, 'softmax')
+
+
+def forget(folder: Path, names: set[str]) -> None:
+    """Makes each save one that has never held these entries."""
+    for save in folder.iterdir():
+        state = ocp.StandardCheckpointer().restore(save.absolute() / 'state')
+        path = save / 'rest' / 'metadata'
+        rest = json.loads(path.read_text())
+        rest = {name: value for name, value in rest.items() if name not in {*names, 'checksum'}}
+        path.write_text(json.dumps({**rest, 'checksum': checkpoint._checksum(state, rest)}))
+
+
+def test_a_save_of_an_earlier_version_is_one_line_and_stays(tmp_path, saved, one_device):
+    save_twice(tmp_path, saved, one_device)
+    forget(tmp_path, {'arm', 'seed', 'rows'})
+    before = bytes_of(tmp_path)
+    for read in (partial(restore, tmp_path, saved, one_device), partial(checkpoint.saved_params, tmp_path, 'center')):
+        with pytest.raises(RunError, match='2 was saved by an earlier version') as error:
+            read()
+        assert '\n' not in str(error.value)
+        assert '--overwrite' in str(error.value)
+        assert bytes_of(tmp_path) == before
 
 
 def largest(folder: Path) -> Path:
