@@ -41,8 +41,8 @@ UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp(-\d+)?')
 AGREE_EVERY = 16
 
 RECIPE = (
-    'To keep the network and start new centers see "Runs that survive" in README: checkpoints.keep_network; '
-    'or name another --out'
+    'To keep the network and start new centers see "Runs that survive" in README: '
+    'experiments.train.checkpoint.keep_network; or name another --out'
 )
 
 
