@@ -114,7 +114,10 @@ class Checkpoints:
             path, found, error = self._folder / str(step), None, None
             try:
                 _check_readable(path)
-                _check_shapes(self._manager.item_metadata(step)['state'], like)
+                shapes = self._manager.item_metadata(step)['state']
+                if shapes is None:
+                    raise ValueError('it lacks the metadata of its arrays')
+                _check_shapes(shapes, like)
                 found = _read(self._manager, step, like)
             except RunError:
                 raise

@@ -393,6 +393,10 @@ def lose_the_arrays(save: Path) -> None:
     shutil.rmtree(save / 'state')
 
 
+def lose_the_metadata(save: Path) -> None:
+    (save / 'state' / '_METADATA').unlink()
+
+
 def lose_a_file(save: Path) -> None:
     largest(save / 'state').unlink()
 
@@ -417,7 +421,10 @@ def lose_all(save: Path) -> None:
 
 @pytest.mark.parametrize(
     'damage',
-    [cut, flip, empty, lose_the_arrays, lose_a_file, lose_the_rest, forget_a_step, leave_unfinished, lose_all],
+    [
+        *(cut, flip, empty, lose_the_arrays, lose_the_metadata, lose_a_file, lose_the_rest, forget_a_step),
+        *(leave_unfinished, lose_all),
+    ],
 )
 def test_a_damaged_or_unfinished_latest_save_is_named_and_the_one_before_it_used(tmp_path, saved, one_device, damage):
     folder = tmp_path / 'the saves'
