@@ -119,9 +119,6 @@ class Run:
         if processes.first():
             self._take()
         processes.together('the folder is locked')
-        if self.resumed and (self.out / METRICS).exists():
-            self.rows = self.metrics()
-        processes.together('all have seen the folder')
         if processes.first():
             self._clear(config)
         processes.together('the folder is made')
@@ -163,36 +160,15 @@ class Run:
         rows = (row for row in self.rows if row['arm'] == arm)
         return [{key: _number(str(value)) for key, value in row.items()} for row in rows]
 
-    def keep(self, arm: str, epochs: int, saved: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-        """Drops the rows of an arm beyond its first `epochs` epochs, and returns those.
-
-        Where metrics.csv lacks rows, takes the `saved` ones.
-        """
-        if sum(row['arm'] == arm for row in self.rows) < len(saved):
-            self.rows = [row for row in self.rows if row['arm'] != arm]
-            for row in saved:
-                self.add_metrics(row)
-        self.rows = [row for row in self.rows if row['arm'] != arm or row['epoch'] <= epochs]
-        kept = [row for row in self.rows if row['arm'] == arm]
-        if [row['epoch'] for row in kept] != list(range(1, epochs + 1)):
-            raise RunError(
-                f'{self.out / METRICS} lacks rows of the {arm} arm, so the run cannot go on; '
-                'pass --overwrite to start it anew'
-            )
-        return kept
-
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Adds a row to metrics.csv, behind those of the same arm; the first one names the columns."""
-        self.rows.append(dict(row))
-        arms = list(dict.fromkeys(row['arm'] for row in self.rows))
-        self.rows.sort(key=lambda row: arms.index(row['arm']))
-        if processes.first():
+    def add_metrics(self, *rows: Mapping[str, Any]) -> None:
+        """Adds rows to metrics.csv. The first one names the columns."""
+        self.rows += map(dict, rows)
+        if rows and processes.first():
             write_table(self.out / METRICS, self.rows)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.csv, numbers as numbers."""
-        with (self.out / METRICS).open(newline='', encoding='utf-8') as file:
-            return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        """Returns the rows of metrics.csv, numbers as numbers."""
+        return [{key: _number(value) for key, value in row.items()} for row in _table(self.out / METRICS)]
 
     def config(self) -> dict[str, Any]:
         return read_json(self.out / CONFIG)
@@ -202,10 +178,18 @@ class Run:
             write_json(self.out / SUMMARY, summary)
 
 
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
 def _whole(path: Path) -> bool:
     try:
         if path.suffix == '.json':
             return bool(read_json(path))
+        if path.suffix == '.csv':
+            whole_rows = all(None not in row and None not in row.values() for row in _table(path))
+            return whole_rows and path.read_bytes().endswith(b'\n')
         if path.suffix in ('.png', '.gif'):
             with Image.open(path, formats=FORMATS) as image:
                 image.verify()

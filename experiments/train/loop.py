@@ -162,13 +162,13 @@ class Job:
         state = devices.place_state(host)
         one = devices.one(state)
         epochs = int(host.step) // steps
-        rows = self.run.keep(arm.name, epochs, saves.rows)
+        self.run.add_metrics(*saves.rows)
         if host is initial:
             look(0, one)
         else:
             self.tell(f'the {arm.name} arm goes on after {epochs} epochs and {tally.steps} steps')
         writes = self.settings.tensorboard and processes.first()
-        scalars = Scalars(self.run.out / TENSORBOARD / arm.name, rows) if writes else None
+        scalars = Scalars(self.run.out / TENSORBOARD / arm.name, saves.rows) if writes else None
         progress.start(arm.name, last * steps, int(host.step))
         for epoch in range(epochs + 1, last + 1):
             report = partial(progress.report, (epoch - 1) * steps)
@@ -188,7 +188,7 @@ class Job:
 
     def seconds(self, arm: Arm) -> float:
         """How long the arm was trained."""
-        return sum(row['epoch_seconds'] for row in self.run.keep(arm.name, self.settings.epochs))
+        return sum(row['epoch_seconds'] for row in self.run.rows if row['arm'] == arm.name)
 
 
 class Saves(Protocol):

@@ -156,10 +156,16 @@ def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def lose_the_last_digit(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])  # of the last number: the line end has two
+
+
 @pytest.mark.parametrize(
     ('name', 'damage'),
     [
         ('metrics.csv', Path.unlink),
+        ('metrics.csv', halve),
+        ('metrics.csv', lose_the_last_digit),
         ('summary.json', Path.unlink),
         ('known.json', halve),
         ('features.png', halve),
