@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.data.tfds_cache import lock, read
+from experiments.data.tfds_cache import lock, read, unfinished
 from experiments.launch.atomic_files import sync_tree
 
 
@@ -59,7 +59,7 @@ def prepare_once(copy: Path, make_builder: Callable[[], tfds.core.GeneratorBased
     if not copy.exists():
         with lock(copy.parent):
             if not copy.exists():
-                for left in copy.parent.glob('incomplete.*'):
+                for left in unfinished(copy.parent):
                     shutil.rmtree(left)
                 tfds.disable_progress_bar()
                 with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does

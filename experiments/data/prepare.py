@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from experiments.data.tfds_cache import DataError, find, lock
+from experiments.data.tfds_cache import DataError, find, lock, unfinished
 
 # How long the first answer to a download may take, in seconds: long enough for a slow proxy, and short enough for the
 # error to be there within 20, of which TensorFlow's import takes up to 8. What has begun to arrive may take as long as
@@ -103,7 +103,7 @@ def _downloads(data_dir: Path) -> set[Path]:
 def _sweep(name: str, data_dir: Path) -> None:
     """Removes what an interrupted preparation left; none is in use, for only the lock's holder prepares."""
     folder = data_dir / re.split('[/:]', name)[0]
-    for left in [*folder.rglob('incomplete.*'), *(data_dir / 'downloads').rglob('*.tmp.*')]:
+    for left in [*unfinished(folder), *unfinished(data_dir / 'downloads')]:
         shutil.rmtree(left, ignore_errors=True)
 
 

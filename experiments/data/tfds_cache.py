@@ -24,6 +24,10 @@ FEATURES = {
 }
 
 
+# What TFDS names the folder of a copy or of a download that it has not finished.
+UNFINISHED = re.compile(r'incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+|.+\.tmp\.[0-9a-f]{32}')
+
+
 class DataError(Exception):
     """What is wrong with the data and what to do, in one to ten lines for whoever started the run."""
 
@@ -34,6 +38,12 @@ def lock(data_dir: Path) -> Iterator[None]:
     data_dir.mkdir(parents=True, exist_ok=True)
     with atomic_files.lock(data_dir / '.lock'):
         yield
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Returns the folders at any depth that TFDS writes a copy or a download to before it renames them."""
+    paths = [path for path in folder.rglob('*') if UNFINISHED.fullmatch(path.name)]
+    return [path for path in paths if path.is_dir() and not path.is_symlink()]
 
 
 def _versions(folder: Path, pattern: str = '') -> list[Path]:

@@ -155,9 +155,12 @@ def test_an_interrupted_preparation_is_begun_again(folder, cache):
     load(str(folder), cache)
     (copy,) = cache.glob('image_folders/pets-*/*/1.0.0')
     left = copy.rename(copy.with_name('incomplete.4XT2QG_1.0.0'))
+    kept = copy.with_name('incomplete.notes')
+    kept.mkdir()
     assert len(load(str(folder), cache).train) == 12
     assert copy.exists()
     assert not left.exists()
+    assert kept.exists()
 
 
 def test_images_of_another_size_are_resized_to_the_most_common_one(folder, cache):

@@ -54,6 +54,27 @@ def error_of_preparing(data_dir) -> str:
     return message
 
 
+def test_what_others_put_beside_a_preparation_stays(tmp_path):
+    left = [
+        tmp_path / 'fashion_mnist' / 'incomplete.4XT2QG_3.0.1',
+        tmp_path / 'fashion_mnist' / 'config' / 'incomplete.0A1B2C_1.0.0',
+        tmp_path / 'downloads' / 'fashion_mnist' / f'train.gz.tmp.{32 * "a"}',
+    ]
+    kept = [
+        tmp_path / 'fashion_mnist' / 'incomplete.notes',
+        tmp_path / 'fashion_mnist' / 'incomplete.4XT2QG_3.0.1.bak',
+        tmp_path / 'downloads' / 'my.tmp.files',
+        tmp_path / 'mnist' / 'incomplete.4XT2QG_3.0.1',
+    ]
+    for path in (*left, *kept):
+        path.mkdir(parents=True)
+        (path / 'file').touch()
+    (tmp_path / 'fashion_mnist' / 'incomplete.4XT2QG_3.0.2').symlink_to(kept[0])
+    prepare._sweep('fashion_mnist', tmp_path)
+    assert not any(path.exists() for path in left)
+    assert all((path / 'file').exists() for path in kept)
+
+
 def test_no_answer_is_the_same_short_error_each_time(tmp_path, proxy, monkeypatch):
     monkeypatch.setattr(prepare, 'PATIENCE', 0.5)
     over = threading.Event()
