@@ -21,7 +21,7 @@ from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags
 from experiments.launch.mesh import choose
-from experiments.launch.run_folder import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
+from experiments.launch.run_folder import CHECKPOINTS, RunError, check_folder, read_config
 from experiments.plots.contact_sheet import draw_contact_sheet
 from experiments.train.checkpoint import saved_params
 from experiments.train.evaluate import embed, nearest
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     arm = config.arm or next((arm for arm in reach if arm.startswith('center')), '')
     if arm not in reach:
         raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(reach)}')
-    settings = read_json(config.run / CONFIG)
+    settings = read_config(config.run, 'image_shape', 'num_classes')
     out = _folder(config)
     names, split = _images(config, settings['image_shape'])
     devices = config.start()
@@ -94,7 +94,7 @@ def _folder(config: Config) -> Path:
     return out
 
 
-def restored(settings: dict[str, Any], folder: Path, arm: str) -> Any:
+def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
     """The state of a run's arm as far as it is needed to label images: no optimizer is read."""
     saved = saved_params(folder, arm)
     model = Classifier(settings['model'], settings['feature_dim'], settings['num_classes'])

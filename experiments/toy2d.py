@@ -57,9 +57,9 @@ def main(config: Config) -> None:
 
     def finish(arm: Arm, state: TrainState) -> dict[str, Any]:
         history = histories[arm.name]
-        history.read(config.epochs)
+        history.read(config.epochs, job.tell)
         train, test = (evaluate(state, split, job.devices) for split in (sample(data.train), data.test))
-        history.snapshots[-1] = snapshot_of(config.epochs, state, test, data.num_classes, train)
+        history.snapshots[config.epochs] = snapshot_of(config.epochs, state, test, data.num_classes, train)
         reach[arm.name] = reach_of(test.distances)
         return {**test.measures(), 'collapsed': test.collapsed(data.num_classes), 'train_seconds': job.seconds(arm)}
 
@@ -82,10 +82,13 @@ def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
     return rows
 
 
-def _draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summary: dict[str, Any], run: Run) -> None:
+def _draw(
+    config: Config, data: Dataset, history: dict[str, dict[int, Snapshot]], summary: dict[str, Any], run: Run
+) -> None:
     """Draws the pictures and writes the page."""
     arms = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
-    named = {arms[arm]: snapshots for arm, snapshots in history.items()}
+    moments = sorted(set.intersection(*(set(snapshots) for snapshots in history.values())))
+    named = {arms[arm]: [snapshots[epoch] for epoch in moments] for arm, snapshots in history.items()}
     epochs = 'one epoch' if config.epochs == 1 else f'{config.epochs} epochs'
     title = f'{data.name}, {config.model}, {epochs}, seed {config.seed}'
     picture, film = run.out / 'features.png', run.out / 'features.gif'

@@ -9,7 +9,9 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,10 @@ _lock = contextlib.ExitStack()
 
 class RunError(Exception):
     """Something about a run that its user can put right; the message says how."""
+
+
+class DamagedError(RunError):
+    """A file of a run is missing or not whole."""
 
 
 def environment(devices: Devices) -> dict[str, Any]:
@@ -171,7 +177,7 @@ class Run:
         return [{key: _number(value) for key, value in row.items()} for row in _table(self.out / METRICS)]
 
     def config(self) -> dict[str, Any]:
-        return read_json(self.out / CONFIG)
+        return read_config(self.out)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.first():
@@ -219,8 +225,38 @@ def _number(text: str) -> float | str:
     return text
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding='utf-8'))
+def read_config(out: Path, *names: str) -> dict[str, Any]:
+    """Returns the settings of a run, which must have entries of these names."""
+    cure = 'put back a copy of it, or start the run anew with --overwrite'
+    config = read_json(out / CONFIG, cure)
+    with reading(out / CONFIG, cure):
+        missing = [name for name in ('model', 'feature_dim', *names) if name not in config]
+        if missing:
+            raise ValueError(f'it lacks {", ".join(missing)}')
+    return config
+
+
+def read_json(path: Path, cure: str = 'put back a copy of it') -> Any:
+    with reading(path, cure):
+        return json.loads(path.read_text(encoding='utf-8'))
+
+
+@contextlib.contextmanager
+def reading(path: Path, cure: str) -> Iterator[None]:
+    """Turns what a file of a run raises while it is read into a line that names the file and what to do.
+
+    Raises:
+      DamagedError: if it is missing or not whole.
+      RunError: if the system fails to read it.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f'{path} is missing; {cure}') from error
+    except OSError as error:
+        raise RunError(f'{path} could not be read ({error.strerror or error}); mend that, and try again') from error
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedError(f'{path} is damaged ({error}); {cure}') from error
 
 
 def write_json(path: Path, value: Any) -> None:

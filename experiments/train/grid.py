@@ -26,7 +26,7 @@ from experiments.data.open_set import OpenSet, divide
 from experiments.launch import processes
 from experiments.launch.flags import Common
 from experiments.launch.mesh import Devices, choose
-from experiments.launch.run_folder import RunError, read_json, write_json
+from experiments.launch.run_folder import DamagedError, read_json, reading, write_json
 from experiments.launch.stopping import Stop
 from experiments.train.evaluate import evaluate, judge, sample, snapshot_of
 from experiments.train.loop import train_epoch
@@ -47,8 +47,10 @@ class Cell(NamedTuple):
 
     def read(self, folder: Path) -> dict[str, Any]:
         """The measures of a cell that is done."""
-        values = read_json(self.path(folder))
-        return {key: float('nan') if value is None else value for key, value in values.items()}
+        path, cure = self.path(folder), 'give the same line again with --resume'
+        values = read_json(path, cure)
+        with reading(path, cure):
+            return {key: float('nan') if value is None else value for key, value in values.items()}
 
     def done(self, folder: Path) -> bool:
         """Whether the cell is there and whole."""
@@ -56,7 +58,7 @@ class Cell(NamedTuple):
             self.read(folder)
             if self.feature_dim == 2:
                 load_snapshot(self.path(folder).with_suffix('.npz'))
-        except (FileNotFoundError, ValueError, RunError):
+        except DamagedError:
             return False
         return True
 

@@ -1,14 +1,14 @@
 """What the pictures show of each epoch, kept in a file an epoch, so that a run that was stopped has its whole film."""
 
 import dataclasses
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from experiments.launch import processes
 from experiments.launch.atomic_files import draft
-from experiments.launch.run_folder import RunError
+from experiments.launch.run_folder import DamagedError, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,26 +28,26 @@ class Snapshot:
 
 
 class History:
-    """The snapshots of one arm, epoch 0 (before training) first, and their files `ARM-EPOCH.npz` in a folder."""
+    """The snapshots of one arm by epoch, from 0 (before training), and their files `ARM-EPOCH.npz` in a folder."""
 
     def __init__(self, folder: Path, arm: str):
         self._folder, self._arm = folder, arm
-        self.snapshots: list[Snapshot] = []
+        self.snapshots: dict[int, Snapshot] = {}
 
     def add(self, snapshot: Snapshot) -> None:
-        """Keeps the snapshot of the epoch that comes next; the earlier ones of a resumed arm are read."""
-        self.read(snapshot.epoch - 1)
-        self.snapshots.append(snapshot)
+        """Keeps a snapshot and writes its file."""
+        self.snapshots[snapshot.epoch] = snapshot
         if processes.first():
             self._folder.mkdir(exist_ok=True)
             save_snapshot(self._path(snapshot.epoch), snapshot)
 
-    def read(self, epoch: int) -> None:
-        """Reads the snapshots up to an epoch that are not here yet."""
-        for path in map(self._path, range(len(self.snapshots), epoch + 1)):
-            if not path.exists():
-                raise RunError(f'{path} is missing, so the run cannot go on; pass --overwrite to start it anew')
-            self.snapshots.append(load_snapshot(path))
+    def read(self, epochs: int, tell: Callable[[str], None]) -> None:
+        """Reads the files of an arm that was resumed, up to `epochs` exclusive. Names those that it leaves out."""
+        for epoch in sorted(set(range(epochs)) - self.snapshots.keys()) if processes.first() else ():
+            try:
+                self.snapshots[epoch] = load_snapshot(self._path(epoch))
+            except DamagedError as error:
+                tell(f'{str(error).partition(";")[0]}; the film leaves out epoch {epoch}')
 
     def _path(self, epoch: int) -> Path:
         return self._folder / f'{self._arm}-{epoch}.npz'
@@ -59,9 +59,6 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def load_snapshot(path: Path) -> Snapshot:
-    try:
-        with np.load(path) as arrays:
-            values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-        return Snapshot(**values)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f'{path} is damaged ({error}); pass --overwrite to start the run anew') from error
+    cure = 'put back a copy of it, or start the run anew with --overwrite'
+    with reading(path, cure), path.open('rb') as file, np.load(file) as arrays:
+        return Snapshot(**{name: array if array.ndim else array.item() for name, array in arrays.items()})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.launch.run_folder import KNOWN, RunError, read_json, write_json
+from experiments.launch.run_folder import KNOWN, RunError, read_json, reading, write_json
 
 # Share of the held-out examples of known classes that are accepted.
 ACCEPTED = 0.95
@@ -28,6 +28,8 @@ def read_known(out: Path) -> tuple[tuple[str, ...], dict[str, float]]:
     path = out / KNOWN
     if not path.exists():
         raise RunError(f'{out} holds no finished run; name the --out of one, or finish it with --resume')
-    known = read_json(path)
-    reach = {arm: math.nan if distance is None else distance for arm, distance in known['reach'].items()}
-    return tuple(known['class_names']), reach
+    cure = "give the run's line again with --resume, which makes it anew"
+    known = read_json(path, cure)
+    with reading(path, cure):
+        reach = {arm: math.nan if distance is None else float(distance) for arm, distance in known['reach'].items()}
+        return tuple(known['class_names']), reach

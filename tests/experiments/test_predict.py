@@ -33,6 +33,30 @@ def predictions(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize(
+    ('name', 'content', 'cure'),
+    [
+        ('known.json', b'{"reach": 3}', '--resume'),
+        ('known.json', b'{', '--resume'),
+        ('config.json', b'{"model": "small", "feature_dim": 2}', '--overwrite'),
+        ('config.json', None, '--overwrite'),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_one_line_that_names_it_and_the_cure(
+    trained, tmp_path, capsys, name, content, cure
+):
+    for other in ('known.json', 'config.json'):
+        shutil.copy(trained / other, tmp_path / other)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run('--images', 'digits:test', '--run', tmp_path) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert name in error
+    assert cure in error
+
+
 @pytest.mark.parametrize('arm', ['softmax', 'center'])
 def test_a_test_split_is_labelled_as_in_training_and_a_twentieth_of_it_is_too_far(trained, tmp_path, arm):
     assert run('--images', 'digits:test', '--run', trained, '--arm', arm, '--out', tmp_path) == 0

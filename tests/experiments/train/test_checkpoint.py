@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 from support import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
@@ -28,7 +29,7 @@ from experiments import toy2d
 from experiments.data.batches import train_batches
 from experiments.data.splits import Split
 from experiments.launch.mesh import Devices, choose, over_mesh
-from experiments.launch.run_folder import RunError
+from experiments.launch.run_folder import DamagedError, RunError, read_json
 from experiments.launch.stopping import Stop
 from experiments.train import checkpoint
 from experiments.train.checkpoint import Checkpoints
@@ -575,8 +576,46 @@ def test_a_link_or_file_with_the_name_of_a_save_is_one_line(tmp_path, saved, one
 def test_a_damaged_snapshot_is_named(tmp_path):
     path = tmp_path / 'center-2.npz'
     path.write_bytes(b'PK')
-    with pytest.raises(RunError, match=r'center-2\.npz is damaged.*--overwrite'):
+    with pytest.raises(DamagedError, match=r'center-2\.npz is damaged.*--overwrite'):
         load_snapshot(path)
+
+
+@pytest.mark.parametrize('read', [load_snapshot, read_json])
+def test_an_error_of_the_device_is_not_taken_for_damage(tmp_path, read):
+    path = tmp_path / 'file'
+    path.symlink_to('/proc/self/mem')  # reading its first bytes is EIO
+    with pytest.raises(RunError, match=f'file could not be read .{os.strerror(errno.EIO)}') as error:
+        read(path)
+    assert not isinstance(error.value, DamagedError)
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'\xff', b'[]', b'3', b'{}'])
+def test_damaged_settings_are_one_line_that_names_the_file_and_the_cure(whole, tmp_path, capsys, content):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    (out / 'config.json').write_bytes(content)
+    before = bytes_of(out)
+    capsys.readouterr()
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert 'config.json is damaged' in error
+    assert '--overwrite' in error
+    assert bytes_of(out) == before
+
+
+def test_a_run_goes_on_without_the_snapshots_that_are_lost_and_names_them(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    (out / 'snapshots' / 'softmax-1.npz').unlink()
+    halve(out / 'snapshots' / 'center-0.npz')
+    capsys.readouterr()
+    assert run(*QUICK, '--epochs', 3, '--out', out, '--resume') == 0
+    said = capsys.readouterr().out
+    assert 'softmax-1.npz is missing; the film leaves out epoch 1' in said
+    assert 'center-0.npz is damaged' in said
+    with Image.open(out / 'features.gif') as film:
+        assert getattr(film, 'n_frames', 1) == 2
 
 
 def test_if_no_save_is_whole_each_is_named_and_the_run_starts(tmp_path, saved, one_device):
