@@ -5,6 +5,7 @@ a contact sheet, predictions.png.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 import simple_parsing
 from rich.console import Console
 
-from experiments.data.image_files import SUFFIXES
+from experiments.data.image_files import notes_on, shown, walk
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
 from experiments.data.splits import Split, pixels
@@ -61,7 +62,7 @@ def main(config: Config) -> None:
         raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(reach)}')
     settings = read_config(config.run, 'image_shape', 'num_classes')
     out = _folder(config)
-    names, split = _images(config, settings['image_shape'])
+    names, split = _images(config, settings['image_shape'], console.print)
     devices = config.start()
     state = restored(settings, config.run / CHECKPOINTS / arm, arm)
     features, _, _ = embed(state, split, devices)
@@ -102,18 +103,20 @@ def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
     return state.replace(params=saved)
 
 
-def _images(config: Config, image_shape: list[int]) -> tuple[list[str], Split]:
+def _images(config: Config, image_shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:
     """Names and pixels of all images, in the shape that the network was trained on; their labels are not asked for."""
     if not config.images:
         raise DataError("--images is '', which names nothing; for those of the current directory give .")
     height, width, channels = image_shape
     folder = Path(config.images).expanduser()
     if folder.is_dir():
-        paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths, others = walk(folder)
         if not paths:
-            raise DataError(f'{folder} holds no *.png, *.jpg or *.jpeg')
+            raise DataError(f'{shown(folder)} holds no *.png, *.jpg or *.jpeg')
+        for note in notes_on(folder, others, '*.png|jpg|jpeg'):
+            tell(note)
         images = np.stack([_read(path, (height, width, channels)) for path in paths])
-        return [str(path.relative_to(folder)) for path in paths], _unlabelled(images)
+        return [shown(path.relative_to(folder)) for path in paths], _unlabelled(images)
     dataset, colon, part = config.images.rpartition(':')
     if not colon or part not in ('train', 'test'):
         raise DataError(f'--images must be a folder, or a dataset with :train or :test behind it, got {config.images}')
@@ -134,7 +137,7 @@ def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     try:
         image, _ = open_image(path)
     except Exception as error:  # Pillow raises some ten types for files that it cannot read
-        raise DataError(f'{path} cannot be read; repair or remove it: {error}') from error
+        raise DataError(f'{shown(path)} cannot be read; repair or remove it: {error}') from error
     return pixels(image, image_shape)
 
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import ExifTags, Image, ImageOps
 
 from experiments.data.digits import classification_info, prepare_once
-from experiments.data.image_files import Splits, find_images, fingerprint
+from experiments.data.image_files import Splits, find_images, stamp
 from experiments.data.splits import FORMATS
 from experiments.data.tfds_cache import DataError
 
@@ -28,7 +28,7 @@ def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder
     """The images of this folder, prepared again whenever its files change, and notes on them."""
     splits, notes = find_images(folder)
     place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
-    home = data_dir / 'image_folders' / f'{folder.name}-{place}-{fingerprint(splits)}'
+    home = data_dir / 'image_folders' / f'{folder.name}-{place}-{stamp(splits)}'
     copy = home / ImageFolder.name / str(ImageFolder.VERSION)
     builder = prepare_once(copy, lambda: ImageFolder(folder, splits, data_dir=home))
     for other in home.parent.iterdir():
@@ -40,7 +40,7 @@ def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder
 class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The files of a folder, brought to one size and one number of channels. Its description says how."""
 
-    VERSION = tfds.core.Version('1.0.0')
+    VERSION = tfds.core.Version('2.0.0')
 
     def __init__(self, folder: Path, splits: Splits, **kwargs):
         self._folder, self._files = folder, splits
@@ -50,14 +50,14 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         width, height = self._size
         image_shape = (height, width, len(Image.new(self._mode, (1, 1)).getbands()))
-        return classification_info(self, '\n'.join(self._notes), image_shape, sorted(self._files['train']))
+        return classification_info(self, '\n'.join(self._notes), image_shape, list(self._files['train']))
 
     def _split_generators(self, dl_manager):
         del dl_manager
         return {split: self._generate_examples(classes) for split, classes in self._files.items()}
 
     def _generate_examples(self, classes):
-        for label, name in enumerate(sorted(self._files['train'])):
+        for label, name in enumerate(self._files['train']):
             for path in classes.get(name, []):
                 image = _image_or_path(path, self._size, self._mode)
                 yield os.fsencode(path.relative_to(self._folder)), {'image': image, 'label': label}

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.data import digits, prepare, tfds_cache
+from experiments.data.image_files import natural_order, shown, some
 from experiments.data.image_folder import FALLBACK_SIZE, image_folder
 from experiments.data.splits import MODES, LazySplit, Split
 from experiments.data.tfds_cache import DataError
@@ -36,6 +37,12 @@ class Dataset:
         return len(self.class_names)
 
     @property
+    def overview(self) -> str:
+        """A line that shows how the data were understood."""
+        sizes = f'{len(self.train)} train and {len(self.test)} test images'
+        return f'{self.name} has {self.num_classes} classes ({some(self.class_names)}), {sizes}'
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """Height, width, channels."""
         return self.train.image_shape
@@ -54,11 +61,11 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
         DataError: with what is wrong and what to do, in one to ten lines.
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
-    data_dir = (data_dir or cache).expanduser().absolute()
     try:
+        data_dir = (data_dir or cache).expanduser().absolute()
         return _read(*_builder(dataset, data_dir), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
-        raise DataError(f'{dataset} could not be read or prepared in {data_dir}: {error}') from error
+        raise DataError(f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}') from error
 
 
 def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
@@ -74,12 +81,12 @@ def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilde
     if name in catalogue:
         return dataset, prepare.public(dataset, data_dir), ()
     if folder.is_dir():
-        return folder.name, *image_folder(folder, data_dir)
+        return shown(folder.name), *image_folder(folder, data_dir)
     if copy := tfds_cache.find(dataset, data_dir):
         return dataset, copy, ()
     near = difflib.get_close_matches(name, ['digits', *catalogue], n=3)
     hint = f'; did you mean {" or ".join(near)}?' if near else ''
-    raise DataError(f'{dataset} is neither a dataset of tensorflow-datasets nor a folder of images{hint}')
+    raise DataError(f'{shown(dataset)} is neither a dataset of tensorflow-datasets nor a folder of images{hint}')
 
 
 def _read(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> Dataset:
@@ -127,8 +134,8 @@ def _classes(feature: Any, sources: dict[str, Any], key: str) -> tuple[tuple[str
     if isinstance(feature, tfds.features.ClassLabel):
         return tuple(feature.names), int
     found = {source[index][key] for source in sources.values() for index in range(len(source))}
-    names = sorted(found)
-    return tuple(name.decode() for name in names), {name: number for number, name in enumerate(names)}.__getitem__
+    names = natural_order(name.decode() for name in found)
+    return tuple(names), {name.encode(): number for number, name in enumerate(names)}.__getitem__
 
 
 def _is_image(feature: Any) -> bool:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
+from experiments.data.image_files import all_numbers, some
 from experiments.data.load import Dataset
 from experiments.data.splits import Split
 
@@ -28,8 +30,9 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
 
     Args:
         data: the whole dataset.
-        held_out: the unknown classes: numbers such as `7-9` or `0,4-6`, or a fraction such as `0.3`, the last ones. By
-            default those of the test split if the train split has none of them, or else the last 0.3.
+        held_out: the unknown classes: names such as `cat,dog`, numbers such as `7-9` or `0,4-6`, or a fraction such as
+            `0.3`, the last ones. By default those of the test split if the train split has none of them, or else the
+            last 0.3. Where all names are numbers, a number is a name.
 
     Raises:
         ValueError: if it names no such classes, or leaves fewer than two on either side.
@@ -39,11 +42,13 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     train, test = data.train.labels, data.test.labels
     trained = np.isin(classes, train)
     by_split = not trained[test[test >= 0]].any()
-    unknown = np.isin(classes, test) if by_split and not held_out else _named(held_out or str(FRACTION), classes)
+    unknown = (
+        np.isin(classes, test) if by_split and not held_out else _named(held_out or str(FRACTION), data.class_names)
+    )
     known = trained & ~unknown
-    for what, some in (('known', known), ('held-out', unknown)):
-        if some.sum() < 2:
-            raise ValueError(f'--held-out must leave two {what} classes or more, got {some.sum()} of {len(classes)}')
+    for what, chosen in (('known', known), ('held-out', unknown)):
+        if chosen.sum() < 2:
+            raise ValueError(f'--held-out must leave two {what} classes or more, got {chosen.sum()} of {len(classes)}')
 
     numbers = np.where(known, np.cumsum(known) - 1, -1)
     train_places, test_places = (np.flatnonzero((own >= 0) & known[own]) for own in (train, test))
@@ -68,24 +73,31 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     parts = [split.take(np.flatnonzero((own >= 0) & verified[own])) for split, own in both]
     images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     notes.append(
-        f'{len(names)} classes are trained on, {len(known_part.train)} images; {verified.sum()} others are verified, '
-        f'{len(labels)} images'
+        f'{len(names)} classes are trained on, {len(known_part.train)} images; {verified.sum()} others are verified '
+        f'({some([data.class_names[label] for label in np.flatnonzero(verified)])}), {len(labels)} images'
     )
     return OpenSet(dataclasses.replace(known_part, notes=tuple(notes)), Split(images, labels))
 
 
-def _named(held_out: str, classes: np.ndarray) -> np.ndarray:
+def _named(held_out: str, names: Sequence[str]) -> np.ndarray:
     """Which of the classes are meant, [C] bool."""
-    if re.fullmatch(r'0?\.\d+', held_out):
-        return classes >= len(classes) - round(float(held_out) * len(classes))
-    chosen = np.zeros(len(classes), bool)
-    for part in held_out.split(','):
-        numbers = re.fullmatch(r'(\d+)(?:-(\d+))?', part.strip())
-        first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (1, 0)
-        if not first <= last < len(classes):
+    chosen = np.zeros(len(names), bool)
+    if held_out not in names and re.fullmatch(r'0?\.\d+', held_out):
+        chosen[len(names) - round(float(held_out) * len(names)) :] = True
+        return chosen
+    places = {name: place for place, name in enumerate(names)}
+    numbers = dict(zip(map(int, names) if all_numbers(names) else range(len(names)), range(len(names)), strict=True))
+    for part in [held_out] if held_out in names else map(str.strip, held_out.split(',')):
+        if part in places:
+            chosen[places[part]] = True
+            continue
+        bounds = re.fullmatch(r'(\d+)(?:-(\d+))?', part)
+        first = numbers.get(int(bounds[1]), len(names)) if bounds else len(names)
+        last = numbers.get(int(bounds[2] or bounds[1]), -1) if bounds else -1
+        if not first <= last:
             raise ValueError(
-                f'--held-out must be class numbers below {len(classes)} such as 7-9 or 0,4-6, or a fraction such '
-                f'as 0.3, got {held_out}'
+                f'--held-out must be names of classes, numbers such as 7-9 or 0,4-6 of the {len(names)} classes '
+                f'({some(names)}), or a fraction such as 0.3, got {held_out}'
             )
         chosen[first : last + 1] = True
     return chosen

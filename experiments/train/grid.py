@@ -5,6 +5,7 @@ that is done is a file, so that a sweep that was stopped goes on with the others
 compiled step, since to start JAX and to compile takes longer than a cell of the digits.
 """
 
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -74,7 +75,10 @@ class Task(NamedTuple):
 
 def load_open_set(settings: Common, held_out: str) -> OpenSet:
     """The dataset of a sweep, known and held-out classes."""
-    return divide(load(settings.dataset, settings.data_dir, settings.image_size), held_out)
+    data = load(settings.dataset, settings.data_dir, settings.image_size)
+    open_set = divide(data, held_out)
+    notes = (data.overview, *data.notes, *open_set.known.notes)
+    return dataclasses.replace(open_set, known=dataclasses.replace(open_set.known, notes=notes))
 
 
 def work_on_devices(

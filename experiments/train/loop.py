@@ -75,7 +75,7 @@ class Job:
     def load(self) -> Dataset:
         """The dataset of the settings; what is to say of it is said."""
         data = load(self.settings.dataset, self.settings.data_dir, self.settings.image_size)
-        for note in data.notes:
+        for note in (data.overview, *data.notes):
             self.tell(note)
         return data
 

@@ -153,8 +153,8 @@ def test_an_unchanged_folder_is_not_prepared_again(folder, cache):
 
 def test_an_interrupted_preparation_is_begun_again(folder, cache):
     load(str(folder), cache)
-    (copy,) = cache.glob('image_folders/pets-*/*/1.0.0')
-    left = copy.rename(copy.with_name('incomplete.4XT2QG_1.0.0'))
+    (copy,) = cache.glob('image_folders/pets-*/*/2.0.0')
+    left = copy.rename(copy.with_name('incomplete.4XT2QG_2.0.0'))
     kept = copy.with_name('incomplete.notes')
     kept.mkdir()
     assert len(load(str(folder), cache).train) == 12

@@ -47,6 +47,30 @@ def test_every_labelled_example_is_known_or_unknown_and_known_classes_are_number
     ]
 
 
+@pytest.mark.parametrize(
+    ('names', 'held_out', 'unknown'),
+    [
+        ('abcdefghij', 'h,i', [7, 8]),
+        ('abcdefghij', 'b, 7-8', [1, 7, 8]),
+        (('golden-dog', *'bcdefghij'), 'golden-dog,c', [0, 2]),
+        ([str(number) for number in range(1, 11)], '7-9', [6, 7, 8]),
+        ([str(number) for number in range(1, 11)], '10,1', [0, 9]),
+        ([f'{number:02d}' for number in range(1, 11)], '7-9', [6, 7, 8]),
+        (('0.3', 'x', *'cdefghij'), '0.3,x', [0, 1]),
+    ],
+)
+def test_classes_are_held_out_by_name_and_numbers_are_names_where_all_names_are(names, held_out, unknown):
+    parts = divide(dataclasses.replace(DATA, class_names=tuple(names)), held_out)
+    assert sorted(set(parts.unknown.labels.tolist())) == unknown
+    assert f'({names[unknown[0]]}, {names[unknown[1]]}' in parts.known.notes[-1]
+
+
+def test_numbers_that_are_no_names_are_one_line_where_all_names_are_numbers():
+    data = dataclasses.replace(DATA, class_names=tuple(str(number) for number in range(1, 11)))
+    with pytest.raises(ValueError, match=r'--held-out must be names .*\(1, 2, 3 and 7 more\).*got 0-3'):
+        divide(data, '0-3')
+
+
 @pytest.mark.parametrize('held_out', ['10', '7-12', '9-7', 'seven', '7-', '1.5', '-1', '3', '0-8', '0.05', '.95'])
 def test_held_out_classes_that_are_not_there_or_too_few_are_one_line_that_names_the_flag(held_out):
     with pytest.raises(ValueError, match='--held-out must') as error:
