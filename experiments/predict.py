@@ -135,7 +135,7 @@ def _unlabelled(images: np.ndarray) -> Split:
 
 def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     try:
-        image, _ = open_image(path)
+        image, _, _ = open_image(path)
     except Exception as error:  # Pillow raises some ten types for files that it cannot read
         raise DataError(f'{shown(path)} cannot be read; repair or remove it: {error}') from error
     return pixels(image, image_shape)

@@ -1,4 +1,6 @@
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from PIL import EpsImagePlugin, ExifTags, Image
 from support.tiny import all_of, counts
 
+from experiments.data.image_folder import open_image
 from experiments.data.load import load
 from experiments.data.tfds_cache import DataError
 
@@ -132,6 +135,47 @@ def test_an_image_with_the_suffix_of_another_format_is_read(folder, cache, image
     with Image.open(folder / 'cat' / '10.png') as file:
         assert file.format == image_format
     assert (all_of(load(str(folder), cache))[1] == 0).sum() == 11
+
+
+def chunk(name: bytes, body: bytes, crc: int | None = None) -> bytes:
+    """A chunk of a PNG."""
+    checked = zlib.crc32(name + body) if crc is None else crc
+    return struct.pack('>I', len(body)) + name + body + struct.pack('>I', checked)
+
+
+BOMB = b'Comment\0\0' + zlib.compress(bytes(2**21))  # beyond what Pillow unpacks of a text
+
+
+@pytest.mark.parametrize(
+    'odd',
+    [
+        chunk(b'eXIf', bytes.fromhex('0008000201120003')),  # no TIFF header
+        chunk(b'zTXt', BOMB),
+        chunk(b'tEXt', b'Comment\0x', crc=1),
+        chunk(b'pHYs', b'\0'),
+    ],
+    ids=['no TIFF', 'large text', 'wrong checksum', 'cut'],
+)
+@pytest.mark.parametrize('before', [b'IDAT', b'IEND'])
+def test_damaged_metadata_costs_no_pixels(folder, cache, odd, before):
+    path = write(folder / 'cat' / 'odd.png', (200, 0, 0))
+    content = path.read_bytes()
+    at = content.index(before) - 4
+    path.write_bytes(content[:at] + odd + content[at:])
+    for _ in ('prepared', 'read again'):
+        dataset = load(str(folder), cache)
+        images, _ = all_of(dataset)
+        assert (images == [200, 0, 0]).all(axis=(1, 2, 3)).sum() == 1
+    image, _, _ = open_image(path)
+    assert image.getpixel((0, 0)) == (200, 0, 0)
+
+
+def test_damaged_metadata_is_said(folder, cache):
+    path = write(folder / 'cat' / 'odd.png', (200, 0, 0))
+    content = path.read_bytes()
+    at = content.index(b'IDAT') - 4
+    path.write_bytes(content[:at] + chunk(b'eXIf', b'none') + content[at:])
+    assert note_with(load(str(folder), cache), 'metadata').startswith('1 of 16 images have damaged metadata')
 
 
 def test_another_copy_beside_the_prepared_ones_stays(folder, cache):
