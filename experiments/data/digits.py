@@ -31,7 +31,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version('1.0.0')
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return classification_info(self, 'Digits of scikit-learn.', (8, 8, 1), [str(digit) for digit in range(10)])
+        return classification_info(self, 'Digits of scikit-learn.', (8, 8, 1), 10)
 
     def _split_generators(self, dl_manager):
         del dl_manager
@@ -78,15 +78,20 @@ def classification_info(
     builder: tfds.core.DatasetBuilder,
     description: str,
     image_shape: tuple[int, int, int],
-    class_names: list[str],
+    num_classes: int,
+    facts: dict[str, Any] | None = None,
 ) -> tfds.core.DatasetInfo:
-    """What TFDS wants to know of a set of images and labels."""
+    """What TFDS wants to know of a set of images and labels. It keeps the `facts` beside them."""
     features = tfds.features.FeaturesDict(
         {
             'image': tfds.features.Image(shape=image_shape),
-            'label': tfds.features.ClassLabel(names=class_names),
+            'label': tfds.features.ClassLabel(num_classes=num_classes),
         }
     )
     return tfds.core.DatasetInfo(
-        builder=builder, description=description, features=features, supervised_keys=('image', 'label')
+        builder=builder,
+        description=description,
+        features=features,
+        supervised_keys=('image', 'label'),
+        metadata=tfds.core.MetadataDict(facts) if facts else None,
     )

@@ -66,7 +66,10 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         width, height = self._size
         image_shape = (height, width, len(Image.new(self._mode, (1, 1)).getbands()))
-        return classification_info(self, '\n'.join(self._notes), image_shape, list(self._files['train']))
+        # The label file of TFDS has a stripped line for a name, so the names are kept here.
+        names = list(self._files['train'])
+        facts = {'class_names': names}
+        return classification_info(self, '\n'.join(self._notes), image_shape, len(names), facts)
 
     def _split_generators(self, dl_manager):
         del dl_manager

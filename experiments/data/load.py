@@ -104,6 +104,7 @@ def _read(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> D
         for split in builder.info.splits
     }
     class_names, number = _classes(features[keys[1]], sources, keys[1])
+    class_names = tuple((builder.info.metadata or {}).get('class_names', class_names))
     splits = {
         split: LazySplit(source, range(len(source)), keys, (height, width, channels), number)
         for split, source in sources.items()

@@ -123,6 +123,17 @@ def test_folders_of_numbers_are_classes_in_the_order_of_the_numbers(tmp_path, ca
     assert data.class_names == tuple(names)
 
 
+@pytest.mark.parametrize(
+    'names', [['cat', 'cat '], ['cat', '  ', 'dog'], ['a\nb', 'c'], ['b\r', 'a\u2028', 'c'], ['Ä', 'ä']]
+)
+def test_names_of_classes_come_back_as_they_were(tmp_path, cache, names):
+    root = classes(tmp_path / 'own', *names)
+    for _ in ('prepared', 'read again'):
+        data = load(str(root), cache)
+        assert list(data.class_names) == sorted(names)
+        assert set(data.train.labels.tolist()) == set(range(len(names)))
+
+
 def test_a_class_whose_name_is_no_utf_8_is_one_line(tmp_path, cache):
     root = classes(tmp_path / 'own', 'cat', os.fsdecode(b'caf\xe9'))
     with pytest.raises(DataError, match=r'caf\\xe9 has a name that is no UTF-8; rename it') as error:
