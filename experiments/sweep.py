@@ -53,6 +53,7 @@ class Config(Common, DeviceFlags):
     FREE: ClassVar[tuple[str, ...]] = (
         'out',
         'data_dir',
+        'dataset',
         'overwrite',
         'resume',
         'weights',
@@ -122,7 +123,7 @@ def main(config: Config) -> None:
     surroundings = environment(devices)
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
-    wanted = {name: getattr(config, name) for name in ('weights', 'alphas', 'seeds')}
+    wanted = {name: getattr(config, name) for name in ('dataset', 'weights', 'alphas', 'seeds')}
     if run.finished({**config.decisive(), **wanted}, (_TABLE, SUMMARY, ACCURACY, WEIGHTS)):
         console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
         return
@@ -133,7 +134,8 @@ def main(config: Config) -> None:
     facts = {'num_classes': open_set.known.num_classes, 'train_examples': len(open_set.known.train)}
     if run.resumed:
         run.check({**config.decisive(), **facts})
-    run.start({**dataclasses.asdict(config), **facts, **surroundings})
+        run.check_data(config.dataset, open_set.known.identity)
+    run.start({**dataclasses.asdict(config), **facts, **surroundings}, open_set.known.identity)
     folder = run.out / CELLS
     folder.mkdir(exist_ok=True)
 

@@ -117,6 +117,20 @@ def stamp(splits: Splits) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint(folder: Path, splits: Splits) -> dict[str, str]:
+    """Returns a text for the images of each class and split: another one for other names, sizes or contents."""
+    found = {}
+    for split, classes in splits.items():
+        for name, paths in classes.items():
+            digest = hashlib.sha256()
+            for path in paths:
+                content = path.read_bytes()
+                digest.update(os.fsencode(f'{path.relative_to(folder)}\0{len(content)}\0'))
+                digest.update(hashlib.sha256(content).digest())
+            found[f'{split} images of class {name}'] = f'{len(paths)} files with checksum {digest.hexdigest()[:16]}'
+    return found
+
+
 def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yields all files that are not hidden. A link to a folder above it is passed over."""
     real = os.path.realpath(folder)

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import ExifTags, Image
 
 from experiments.data.digits import classification_info, prepare_once
-from experiments.data.image_files import Splits, find_images, shown, stamp
+from experiments.data.image_files import Splits, find_images, fingerprint, shown, stamp
 from experiments.data.splits import FORMATS
 from experiments.data.tfds_cache import DataError
 
@@ -68,7 +68,7 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         image_shape = (height, width, len(Image.new(self._mode, (1, 1)).getbands()))
         # The label file of TFDS has a stripped line for a name, so the names are kept here.
         names = list(self._files['train'])
-        facts = {'class_names': names}
+        facts = {'class_names': names, 'fingerprint': fingerprint(self._folder, self._files)}
         return classification_info(self, '\n'.join(self._notes), image_shape, len(names), facts)
 
     def _split_generators(self, dl_manager):

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,10 +31,16 @@ class Dataset:
     train: Split | LazySplit
     test: Split | LazySplit
     notes: tuple[str, ...]
+    fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what tells these data from others
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The fingerprint and the names of the classes, which differ for other data."""
+        return {**{f'class {number}': name for number, name in enumerate(self.class_names)}, **self.fingerprint}
 
     @property
     def overview(self) -> str:
@@ -104,13 +110,21 @@ def _read(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> D
         for split in builder.info.splits
     }
     class_names, number = _classes(features[keys[1]], sources, keys[1])
-    class_names = tuple((builder.info.metadata or {}).get('class_names', class_names))
+    facts = builder.info.metadata or {}
+    class_names = tuple(facts.get('class_names', class_names))
     splits = {
         split: LazySplit(source, range(len(source)), keys, (height, width, channels), number)
         for split, source in sources.items()
     }
     train, test, note = _train_and_test(name, splits)
-    return Dataset(name, class_names, train.in_memory_if_small(), test.in_memory_if_small(), notes + note)
+    fingerprint = facts.get('fingerprint') or _fingerprint(builder.info)
+    return Dataset(name, class_names, train.in_memory_if_small(), test.in_memory_if_small(), notes + note, fingerprint)
+
+
+def _fingerprint(info: tfds.core.DatasetInfo) -> dict[str, str]:
+    """Returns name, version and splits of a set."""
+    splits = {f'split {name}': f'{split.num_examples} examples' for name, split in info.splits.items()}
+    return {'dataset': info.full_name, **splits}
 
 
 def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:

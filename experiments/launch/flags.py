@@ -30,7 +30,7 @@ class Common:
 
     PROGRAM: ClassVar[str]
     # Of a run that is resumed these may be others: they say how and where, but not what comes out. So may --epochs.
-    FREE: ClassVar[tuple[str, ...]] = ('out', 'data_dir', 'epochs', 'overwrite', 'resume')
+    FREE: ClassVar[tuple[str, ...]] = ('dataset', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
 
     dataset: str = 'digits'
     """a TFDS name such as mnist, fashion_mnist or cifar10; digits, which needs no download; or a folder of images"""

@@ -25,7 +25,7 @@ from experiments.launch.atomic_files import lock, write_table, write_text
 from experiments.launch.mesh import Devices
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
-KNOWN = 'known.json'
+KNOWN, DATA = 'known.json', 'data.json'
 LOCK = '.lock'
 TABLES = ('verification.csv', 'sweep.csv')
 PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'report.html')
@@ -100,7 +100,7 @@ class Run:
                 f'--out {out} holds a run; name another folder, or pass --resume to go on with it, '
                 'or --overwrite to replace it'
             )
-        names = (METRICS, SUMMARY, KNOWN, *TABLES, *PAGES, *FOLDERS)
+        names = (METRICS, SUMMARY, KNOWN, DATA, *TABLES, *PAGES, *FOLDERS)
         taken = [name for name in names if os.path.lexists(out / name)]
         if taken and not held:
             raise RunError(
@@ -118,15 +118,17 @@ class Run:
             return False
         return all(_whole(self.out / name) for name in (PAGES[-1], *names))
 
-    def start(self, config: Mapping[str, Any]) -> None:
-        """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes
-        all, or the results alone if that run is resumed. Of several processes the first one does it.
+    def start(self, config: Mapping[str, Any], identity: Mapping[str, str]) -> None:
+        """Makes the folder and saves the settings, and what tells the data from others.
+
+        Of what an earlier run wrote there, and nothing else, it removes all, or the results alone if that run is
+        resumed. Of several processes the first one does it.
         """
         if processes.first():
             self._take()
         processes.together('the folder is locked')
         if processes.first():
-            self._clear(config)
+            self._clear(config, identity)
         processes.together('the folder is made')
 
     def _take(self) -> None:
@@ -142,13 +144,14 @@ class Run:
         if not self._held and (self.out / CONFIG).exists():
             raise RunError(f'--out {self.out} holds a run that has begun since; name another folder')
 
-    def _clear(self, config: Mapping[str, Any]) -> None:
+    def _clear(self, config: Mapping[str, Any], identity: Mapping[str, str]) -> None:
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
         if not self.resumed:  # the settings are replaced last: until then the rest is known as a run's
             (self.out / METRICS).unlink(missing_ok=True)
             for name in FOLDERS:
                 _remove(self.out / name)
+        write_json(self.out / DATA, identity)
         write_json(self.out / CONFIG, config)
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -160,6 +163,22 @@ class Run:
                     f'--resume: {name.replace("_", "-")} is {value}, but the run in {self.out} has {saved[name]}; '
                     'give that, or another --out'
                 )
+
+    def check_data(self, dataset: str, identity: Mapping[str, str]) -> None:
+        """Raises RunError at the first difference between these data and those of the run that is resumed."""
+        path, cure = self.out / DATA, 'put back a copy of it, or start the run anew with --overwrite'
+        if not path.exists():  # an earlier version wrote none
+            self.check({'dataset': dataset})
+            return
+        saved = read_json(path, cure)
+        with reading(path, cure):
+            names = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
+        if names:
+            new, old = (entries.get(names[0], 'absent') for entries in (identity, saved))
+            raise RunError(
+                f'--resume: {names[0]} is {new}, but was {old} for the run in {self.out}; '
+                'give the data of that run, or another --out'
+            )
 
     def saved_rows(self, arm: str) -> list[dict[str, Any]]:
         """Returns the rows of an arm as they would be read from metrics.csv."""

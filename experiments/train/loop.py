@@ -66,7 +66,7 @@ class Job:
 
     def finished(self, *names: str) -> bool:
         """Whether the run is there and whole, with further files of these names; it says so."""
-        settings = {**self.settings.decisive(), 'epochs': self.settings.epochs}
+        settings = {**self.settings.decisive(), 'dataset': self.settings.dataset, 'epochs': self.settings.epochs}
         finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *names))
         if finished:
             self.tell(f'{self.run.out / "report.html"} has it all: the run is finished')
@@ -87,11 +87,12 @@ class Job:
         if self.run.resumed:
             self._check_centers()
             self.run.check({**self.settings.decisive(), **facts})
+            self.run.check_data(self.settings.dataset, data.identity)
             if newest(self.run.out / CHECKPOINTS) > self.settings.epochs * self.steps:
                 epochs, out = self.settings.epochs, self.run.out
                 raise RunError(f'--epochs is {epochs}, but the run in {out} has been trained for more')
         self.settings.check_data(len(data.train), data.image_shape)
-        self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings})
+        self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings}, data.identity)
 
     def _check_centers(self) -> None:
         """Raises RunError if the network or its centers would not be those of the run that is resumed."""

@@ -178,6 +178,30 @@ def test_damaged_metadata_is_said(folder, cache):
     assert note_with(load(str(folder), cache), 'metadata').startswith('1 of 16 images have damaged metadata')
 
 
+def test_the_fingerprint_is_that_of_names_and_contents_alone(folder, cache, tmp_path):
+    first = load(str(folder), cache).fingerprint
+    for path in folder.rglob('*'):
+        os.utime(path, (1, 1))
+    moved = folder.rename(tmp_path / 'moved')
+    assert load(str(moved), cache).fingerprint == first
+    write(moved / 'dog' / '0.png', (1, 255, 0))  # of the size that it had
+    later = load(str(moved), cache).fingerprint
+    assert {name for name in first if first[name] != later[name]} <= {
+        'train images of class dog',
+        'test images of class dog',
+    }
+    assert later != first
+
+
+def test_a_start_reads_no_image_of_a_folder_that_is_prepared(folder, cache):
+    first = load(str(folder), cache).fingerprint
+    for path in folder.rglob('*.png'):
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load(str(folder), cache).fingerprint == first
+
+
 def test_another_copy_beside_the_prepared_ones_stays(folder, cache):
     load(str(folder), cache)
     (home,) = cache.glob('image_folders/pets-*')

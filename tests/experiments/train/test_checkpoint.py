@@ -256,6 +256,46 @@ def test_a_dataset_of_other_classes_is_one_line_that_names_both_shapes(whole, tm
     assert all(word in error for word in ('[10, 2]', '[3, 2]', 'keep_network'))
 
 
+def rename_a_class(folder: Path) -> None:
+    (folder / 'ant').rename(folder / 'zebra')
+
+
+def replace_a_picture(folder: Path) -> None:
+    Image.new('L', (8, 8), 99).save(folder / 'bee' / '0.png')
+
+
+def add_a_picture(folder: Path) -> None:
+    Image.new('L', (8, 8), 99).save(folder / 'cow' / 'new.png')
+
+
+@pytest.mark.parametrize(
+    ('change', 'named'),
+    [
+        (rename_a_class, ('class 0 is bee', 'was ant')),
+        (replace_a_picture, ('images of class bee',)),
+        (add_a_picture, ('train-examples is 13', 'has 12')),
+    ],
+)
+def test_other_data_are_one_line_that_names_the_difference_and_a_moved_folder_is_none(tmp_path, capsys, change, named):
+    for value, name in enumerate(('ant', 'bee', 'cow')):
+        (tmp_path / 'own' / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new('L', (8, 8), 50 * value + number).save(tmp_path / 'own' / name / f'{number}.png')
+    flags = ('--parallel', 'none', '--data-dir', tmp_path / 'cache', '--out', tmp_path / 'run', '--resume')
+    assert run(*flags, '--dataset', tmp_path / 'own', '--epochs', 1) == 0
+    moved = (tmp_path / 'own').rename(tmp_path / 'moved')
+    assert run(*flags, '--dataset', moved, '--epochs', 2) == 0
+    before = bytes_of(tmp_path / 'run')
+    change(moved)
+    capsys.readouterr()
+    assert run(*flags, '--dataset', moved, '--epochs', 3) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert '--resume' in error
+    assert all(word in error for word in named)
+    assert bytes_of(tmp_path / 'run') == before
+
+
 SPLIT = Split(
     np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8), np.arange(30, dtype=np.int32) % 10
 )
