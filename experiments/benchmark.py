@@ -20,19 +20,20 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from experiments import cli, jax_arms, processes, torch_arms
-from experiments.batches import part, steps_of, train_batches
-from experiments.benchmark_figure import draw
-from experiments.data import load
-from experiments.devices import choose
-from experiments.files import write_table
-from experiments.jax_arms import Arm, Cell
-from experiments.models import Classifier
-from experiments.runs import check_folder, environment, in_a_line
-from experiments.settings import flag
-from experiments.timing import Timing, bandwidth, keep_freed_memory, measure, on_cpu
-from experiments.training import create_state, train_epoch, train_step
-from experiments.where import Where
+from experiments.bench import ours, pytorch
+from experiments.bench.problem import Implementation, Problem
+from experiments.bench.timing import Timing, bandwidth, keep_freed_memory, measure, on_cpu
+from experiments.data.batches import process_slice, steps_of, train_batches
+from experiments.data.load import load
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import DeviceFlags, flag
+from experiments.launch.mesh import choose
+from experiments.launch.run_folder import check_folder, environment, in_a_line
+from experiments.plots.step_times import draw_step_times
+from experiments.train.loop import train_epoch
+from experiments.train.model import Classifier
+from experiments.train.step import create_state, train_step
 
 TURNS = 3
 SLOW = 2.0  # seconds a step, of which one turn tells enough
@@ -41,7 +42,7 @@ PASSES = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Where):
+class Config(DeviceFlags):
     """What is measured."""
 
     batch_sizes: tuple[int, ...] = (256, 4096, 16384)
@@ -74,13 +75,13 @@ def main(config: Config) -> None:
     tell = partial(console.print, highlight=False, soft_wrap=True)
     devices = config.start()
     for size in config.batch_sizes:
-        part(size, jax.process_index(), jax.process_count(), '--batch-sizes')
+        process_slice(size, jax.process_index(), jax.process_count(), '--batch-sizes')
     tell(in_a_line(environment(devices)))
-    torch = torch_arms.installed() if processes.first() else None
+    torch = pytorch.installed() if processes.first() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so its arms are missing')
-    arms: dict[str, Callable[[Cell], Arm | None]] = jax_arms.arms(devices, config.mesh)
+    arms: dict[str, Callable[[Problem], Implementation | None]] = ours.layouts(devices, config.mesh)
     if torch:
-        arms |= {name: partial(arm, torch) for name, arm in torch_arms.ARMS.items()}
+        arms |= {name: partial(arm, torch) for name, arm in pytorch.FORMS.items()}
     rows: list[dict[str, Any]] = []
     every = ('default', 'kept') if on_cpu() else ('default',)
     for allocator in every if config.allocator == 'both' else (config.allocator,):
@@ -91,46 +92,50 @@ def main(config: Config) -> None:
         low, speed, high = np.percentile([row['copy_bytes_per_second'] for row in measured], [0, 50, 100]) / 1e9
         copied = f'{speed:.0f} GB/s ({low:.0f} to {high:.0f})'
         tell(f'allocator: {allocator}; a large array is copied at {copied}, read and write together')
-        console.print(table(measured))
+        console.print(timing_table(measured))
         rows += measured
     if not processes.first():
         return
     if jax.process_count() == 1:
-        rows += toy(config, torch, console)
+        rows += measure_toy(config, torch, console)
     config.out.mkdir(parents=True, exist_ok=True)
     write_table(config.out / 'benchmark.csv', rows)
-    draw(config.out / 'benchmark.png', rows)
+    draw_step_times(config.out / 'benchmark.png', rows)
     tell(f'{config.out / "benchmark.csv"} has all figures, and benchmark.png beside it the picture')
 
 
 def measure_all(
-    config: Config, arms: dict[str, Callable[[Cell], Arm | None]], allocator: str, console: Console
+    config: Config, arms: dict[str, Callable[[Problem], Implementation | None]], allocator: str, console: Console
 ) -> list[dict[str, Any]]:
-    """A row for each arm that can be measured in each cell."""
-    cells = [Cell(b, c, config.feature_dim) for b in config.batch_sizes for c in config.classes]
+    """A row for each arm that can be measured on each problem."""
+    problems = [Problem(b, c, config.feature_dim) for b in config.batch_sizes for c in config.classes]
     rows = []
     columns = TextColumn('{task.description}'), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task('', total=len(cells) * len(arms) * TURNS)
+        task = progress.add_task('', total=len(problems) * len(arms) * TURNS)
 
-        def tell(cell: Cell, arm: str, left_out: str = '') -> None:
-            named = f'B={cell.batch_size} C={cell.num_classes} {arm}'
+        def tell(problem: Problem, arm: str, left_out: str = '') -> None:
+            named = f'B={problem.batch_size} C={problem.num_classes} {arm}'
             if left_out:
                 progress.print(f'{named} is left out: {left_out}', highlight=False, soft_wrap=True)
             else:
                 progress.update(task, advance=1, description=named)
 
-        for cell in cells:
+        for problem in problems:
             rows += [
-                {'allocator': allocator, **row} for row in measure_cell(arms, cell, config.rounds, partial(tell, cell))
+                {'allocator': allocator, **row}
+                for row in measure_problem(arms, problem, config.rounds, partial(tell, problem))
             ]
     return rows
 
 
-def measure_cell(
-    arms: dict[str, Callable[[Cell], Arm | None]], cell: Cell, rounds: int, tell: Callable[..., None]
+def measure_problem(
+    arms: dict[str, Callable[[Problem], Implementation | None]],
+    problem: Problem,
+    rounds: int,
+    tell: Callable[..., None],
 ) -> list[dict[str, Any]]:
-    """A row for each arm that can be measured in this cell, from the blocks of all turns."""
+    """A row for each arm that can be measured on this problem, from the blocks of all turns."""
     speeds: list[float] = []
     blocks: dict[str, list[float]] = {}
     compiled: dict[str, dict[str, Any]] = {}
@@ -141,7 +146,7 @@ def measure_cell(
             if turn and (name not in blocks or (min(blocks[name]) > SLOW and jax.process_count() == 1)):
                 continue
             try:
-                arm = make(cell)
+                arm = make(problem)
                 if arm is None:
                     continue
                 blocks[name] = blocks.get(name, []) + measure(arm.steps, rounds, arm.wait)
@@ -156,12 +161,12 @@ def measure_cell(
             arm = None
             gc.collect()
     speed = float(np.median(speeds))
-    floor = PASSES * cell.batch_size * cell.feature_dim * 4 / speed
+    floor = PASSES * problem.batch_size * problem.feature_dim * 4 / speed
     rows = []
     for name, seconds in blocks.items():
         timing = Timing.of(seconds)
         copied = {'times_copy': timing.median / floor, 'copy_bytes_per_second': speed}
-        rows.append({'arm': name, **cell._asdict(), **timing.row(), **copied, **compiled[name]})
+        rows.append({'arm': name, **problem._asdict(), **timing.row(), **copied, **compiled[name]})
     return rows
 
 
@@ -172,7 +177,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in said for word in words)
 
 
-def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
+def measure_toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
     """The whole training step of the toy, network and optimizers included, in both libraries; and the loop around ours.
 
     The loop reads batches and keeps metrics, as `experiments.toy2d` does between two evaluations.
@@ -191,9 +196,9 @@ def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, A
             state, metrics = step(state, *batch, weight)
             yield state, metrics
 
-    arms = {'centerloss_jax': Arm(bare())}
+    arms = {'centerloss_jax': Implementation(bare())}
     if torch:
-        arms['torch'] = torch_arms.toy(torch, images, labels, data.num_classes, 3e-3)
+        arms['torch'] = pytorch.toy_step(torch, images, labels, data.num_classes, 3e-3)
     timings = {name: Timing.of(measure(arm.steps, TURNS * config.rounds, arm.wait)) for name, arm in arms.items()}
     seconds = []
     for _ in range(TURNS * config.rounds):
@@ -206,19 +211,19 @@ def toy(config: Config, torch: Any | None, console: Console) -> list[dict[str, A
     for name, timing in timings.items():
         shown.add_row(name, f'{timing.median * 1e3:.2f}', f'{timing.median / timings["centerloss_jax"].median:.2f}')
     console.print(shown)
-    cell = Cell(batch_size, data.num_classes, 2)
-    return [{'allocator': 'toy', 'arm': name, **cell._asdict(), **timing.row()} for name, timing in timings.items()]
+    problem = Problem(batch_size, data.num_classes, 2)
+    return [{'allocator': 'toy', 'arm': name, **problem._asdict(), **timing.row()} for name, timing in timings.items()]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def timing_table(rows: list[dict[str, Any]]) -> Table:
     """Milliseconds a step with half the distance of their quartiles, as multiples of ours and of the copy floor."""
     names = 'ms', '±', 'x ours', 'x floor', 'MB'
     shown = Table('B', 'C', Column('arm', no_wrap=True), *(Column(name, justify='right') for name in names))
-    ours = {cell_of(row): row['step_seconds'] for row in rows if row['arm'] == 'centerloss_jax'}
+    our_seconds = {problem_of(row): row['step_seconds'] for row in rows if row['arm'] == 'centerloss_jax'}
     for row in rows:
         spread = f'{(row["high_seconds"] - row["low_seconds"]) / 2 / row["step_seconds"]:.0%}'
         temporary = '' if row['temporary_bytes'] is None else f'{row["temporary_bytes"] / 1e6:.1f}'
-        ratio = row['step_seconds'] / ours[cell_of(row)]
+        ratio = row['step_seconds'] / our_seconds[problem_of(row)]
         numbers = f'{row["step_seconds"] * 1e3:.2f}', spread, f'{ratio:.2f}', f'{row["times_copy"]:.1f}', temporary
         shown.add_row(str(row['batch_size']), f'{row["num_classes"]:.0e}', row['arm'], *numbers)
     best = peers(rows)
@@ -230,18 +235,18 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def cell_of(row: dict[str, Any]) -> tuple[int, int]:
+def problem_of(row: dict[str, Any]) -> tuple[int, int]:
     return row['batch_size'], row['num_classes']
 
 
 def peers(rows: list[dict[str, Any]]) -> list[float]:
-    """The time of the best PyTorch arm as a multiple of ours, a number for each cell with B >= 4,096."""
-    ours = {cell_of(row): row['step_seconds'] for row in rows if row['arm'] == 'centerloss_jax'}
+    """The time of the best PyTorch arm as a multiple of ours, a number for each problem with B >= 4,096."""
+    our_seconds = {problem_of(row): row['step_seconds'] for row in rows if row['arm'] == 'centerloss_jax'}
     theirs: dict[tuple[int, int], float] = {}
     for row in rows:
         if row['arm'].startswith('torch') and row['batch_size'] >= 4096:
-            theirs[cell_of(row)] = min(row['step_seconds'], theirs.get(cell_of(row), math.inf))
-    return [seconds / ours[cell] for cell, seconds in theirs.items()]
+            theirs[problem_of(row)] = min(row['step_seconds'], theirs.get(problem_of(row), math.inf))
+    return [seconds / our_seconds[problem] for problem, seconds in theirs.items()]
 
 
 if __name__ == '__main__':

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
-from experiments import cli
-from experiments.devices import mesh_sizes
-from experiments.settings import flag
+from experiments.launch import cli
+from experiments.launch.flags import flag
+from experiments.launch.mesh import mesh_sizes
 
 GIB, MIB = 2**30, 2**20
 

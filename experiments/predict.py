@@ -5,6 +5,7 @@ a contact sheet, predictions.png.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,29 +13,29 @@ import numpy as np
 import simple_parsing
 from rich.console import Console
 
-from experiments import cli, processes
-from experiments.checkpoints import saved_params
-from experiments.contact_sheet import draw_contact_sheet
-from experiments.copies import DataError
-from experiments.data import load
-from experiments.devices import choose
-from experiments.evaluation import embed, nearest
-from experiments.files import write_table
-from experiments.image_files import SUFFIXES
-from experiments.image_folder import open_image
-from experiments.known import read_known
-from experiments.models import Classifier
-from experiments.runs import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
-from experiments.splits import Split, pixels
-from experiments.training import create_state
-from experiments.where import Where
+from experiments.data.image_files import notes_on, shown, walk
+from experiments.data.image_folder import open_image
+from experiments.data.load import load
+from experiments.data.splits import Split, pixels
+from experiments.data.tfds_cache import DataError
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import DeviceFlags
+from experiments.launch.mesh import choose
+from experiments.launch.run_folder import CHECKPOINTS, RunError, check_folder, read_config
+from experiments.plots.contact_sheet import draw_contact_sheet
+from experiments.train.checkpoint import saved_params
+from experiments.train.evaluate import embed, nearest
+from experiments.train.model import Classifier
+from experiments.train.step import create_state
+from experiments.train.thresholds import read_known
 
 UNKNOWN = 'unknown'
-TABLE, PICTURE = 'predictions.csv', 'predictions.png'
+_TABLE, _PICTURE = 'predictions.csv', 'predictions.png'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Where):
+class Config(DeviceFlags):
     """What is labelled by what."""
 
     images: str
@@ -59,11 +60,11 @@ def main(config: Config) -> None:
     arm = config.arm or next((arm for arm in reach if arm.startswith('center')), '')
     if arm not in reach:
         raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(reach)}')
-    settings = read_json(config.run / CONFIG)
+    settings = read_config(config.run, 'image_shape', 'num_classes')
     out = _folder(config)
-    names, split = _images(config, settings['image_shape'])
+    names, split = _images(config, settings['image_shape'], console.print)
     devices = config.start()
-    state = restored(settings, config.run / CHECKPOINTS / arm)
+    state = restored(settings, config.run / CHECKPOINTS / arm, arm)
     features, _, _ = embed(state, split, devices)
     if not processes.first():
         return
@@ -75,10 +76,10 @@ def main(config: Config) -> None:
         for name, label, own, distance in zip(names, found, classes, distances, strict=True)
     ]
     out.mkdir(parents=True, exist_ok=True)
-    write_table(out / TABLE, rows)
+    write_table(out / _TABLE, rows)
     captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
     title = f'{config.images}: nearest center and distance, unknown beyond {reach[arm]:.3g}'
-    draw_contact_sheet(out / PICTURE, split.images, captions, unknown, title=title)
+    draw_contact_sheet(out / _PICTURE, split.images, captions, unknown, title=title)
     text = f'{len(rows)} images, {unknown.sum()} of them unknown; {out / "predictions.png"} shows them'
     console.print(text, highlight=False, soft_wrap=True)
 
@@ -88,32 +89,34 @@ def _folder(config: Config) -> Path:
     out = config.out or config.run / 'predictions'
     if processes.first():
         check_folder(out)
-    taken = [name for name in (TABLE, PICTURE) if (out / name).exists()]
+    taken = [name for name in (_TABLE, _PICTURE) if (out / name).exists()]
     if taken and config.out and not config.overwrite:
         raise RunError(f'--out {out} holds {taken[0]}; name another folder, or pass --overwrite to replace it')
     return out
 
 
-def restored(settings: dict[str, Any], folder: Path) -> Any:
+def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
     """The state of a run's arm as far as it is needed to label images: no optimizer is read."""
-    saved = saved_params(folder)
+    saved = saved_params(folder, arm)
     model = Classifier(settings['model'], settings['feature_dim'], settings['num_classes'])
     state = create_state(model, tuple(settings['image_shape']), 0, 1.0, 0.0, choose('none'))
     return state.replace(params=saved)
 
 
-def _images(config: Config, image_shape: list[int]) -> tuple[list[str], Split]:
+def _images(config: Config, image_shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:
     """Names and pixels of all images, in the shape that the network was trained on; their labels are not asked for."""
     if not config.images:
         raise DataError("--images is '', which names nothing; for those of the current directory give .")
     height, width, channels = image_shape
     folder = Path(config.images).expanduser()
     if folder.is_dir():
-        paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths, others = walk(folder)
         if not paths:
-            raise DataError(f'{folder} holds no *.png, *.jpg or *.jpeg')
+            raise DataError(f'{shown(folder)} holds no *.png, *.jpg or *.jpeg')
+        for note in notes_on(folder, others, '*.png|jpg|jpeg'):
+            tell(note)
         images = np.stack([_read(path, (height, width, channels)) for path in paths])
-        return [str(path.relative_to(folder)) for path in paths], _unlabelled(images)
+        return [shown(path.relative_to(folder)) for path in paths], _unlabelled(images)
     dataset, colon, part = config.images.rpartition(':')
     if not colon or part not in ('train', 'test'):
         raise DataError(f'--images must be a folder, or a dataset with :train or :test behind it, got {config.images}')
@@ -132,9 +135,9 @@ def _unlabelled(images: np.ndarray) -> Split:
 
 def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     try:
-        image, _ = open_image(path)
+        image, _, _ = open_image(path)
     except Exception as error:  # Pillow raises some ten types for files that it cannot read
-        raise DataError(f'{path} cannot be read; repair or remove it: {error}') from error
+        raise DataError(f'{shown(path)} cannot be read; repair or remove it: {error}') from error
     return pixels(image, image_shape)
 
 

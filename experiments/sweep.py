@@ -18,26 +18,25 @@ import simple_parsing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments import cli, processes
-from experiments.cells import Cell, Task, load_parts, work_on_cores, work_on_devices
-from experiments.data import Dataset
-from experiments.devices import Devices, choose
-from experiments.figures import draw_features
-from experiments.files import write_table
-from experiments.history import load_snapshot
-from experiments.intervals import intervals
-from experiments.open_set import OpenSet
-from experiments.plots import draw_sweep
-from experiments.report import write_report
-from experiments.runs import CELLS, Run, environment, in_a_line
-from experiments.settings import Common, check_alpha, check_weight
-from experiments.stopping import Stop
-from experiments.where import Where
+from experiments.data.load import Dataset
+from experiments.data.open_set import OpenSet
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
+from experiments.launch.mesh import Devices, choose
+from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, in_a_line
+from experiments.launch.stopping import Stop
+from experiments.plots.curves import draw_sweep
+from experiments.plots.features import draw_features
+from experiments.plots.report import write_report
+from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
+from experiments.train.metrics import intervals
+from experiments.train.snapshots import load_snapshot
 
-TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
+_TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
 
 # Of both settings, one is shown while the other varies.
-ALPHA = 0.5
+DEFAULT_ALPHA = 0.5
 
 DRAWN = {
     'verification_accuracy': 'verification accuracy',
@@ -47,20 +46,21 @@ DRAWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Common, Where):
+class Config(Common, DeviceFlags):
     """Settings of a sweep. They are saved with it."""
 
     PROGRAM: ClassVar[str] = 'experiments.sweep'
     FREE: ClassVar[tuple[str, ...]] = (
         'out',
         'data_dir',
+        'dataset',
         'overwrite',
         'resume',
         'weights',
         'alphas',
         'seeds',
         'workers',
-        *(field.name for field in dataclasses.fields(Where)),
+        *(field.name for field in dataclasses.fields(DeviceFlags)),
     )
 
     out: Path = Path('runs/sweep')
@@ -89,7 +89,7 @@ class Config(Common, Where):
 
     def __post_init__(self):
         Common.__post_init__(self)
-        Where.__post_init__(self)
+        DeviceFlags.__post_init__(self)
         for name in ('weights', 'alphas'):
             object.__setattr__(self, name, tuple(map(float, dict.fromkeys(getattr(self, name)))))
         for weight in self.weights:
@@ -112,7 +112,7 @@ class Config(Common, Where):
 
     @property
     def shown_alpha(self) -> float:
-        return min(self.alphas, key=lambda alpha: abs(alpha - ALPHA))
+        return min(self.alphas, key=lambda alpha: abs(alpha - DEFAULT_ALPHA))
 
 
 def main(config: Config) -> None:
@@ -123,30 +123,31 @@ def main(config: Config) -> None:
     surroundings = environment(devices)
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
-    wanted = {name: getattr(config, name) for name in ('weights', 'alphas', 'seeds')}
-    if run.finished({**config.decisive(), **wanted}):
+    wanted = {name: getattr(config, name) for name in ('dataset', 'weights', 'alphas', 'seeds')}
+    if run.finished({**config.decisive(), **wanted}, (_TABLE, SUMMARY, ACCURACY, WEIGHTS)):
         console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
         return
-    parts = load_parts(config, config.held_out)
-    for note in parts.known.notes:
+    open_set = load_open_set(config, config.held_out)
+    for note in open_set.known.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    config.check_data(len(parts.known.train), parts.known.image_shape)
-    facts = {'num_classes': parts.known.num_classes, 'train_examples': len(parts.known.train)}
+    config.check_data(len(open_set.known.train), open_set.known.image_shape)
+    facts = {'num_classes': open_set.known.num_classes, 'train_examples': len(open_set.known.train)}
     if run.resumed:
         run.check({**config.decisive(), **facts})
-    run.start({**dataclasses.asdict(config), **facts, **surroundings})
+        run.check_data(config.dataset, open_set.known.identity)
+    run.start({**dataclasses.asdict(config), **facts, **surroundings}, open_set.known.identity)
     folder = run.out / CELLS
     folder.mkdir(exist_ok=True)
 
     cells = cells_of(config)
-    train(config, cells, parts, folder, devices, console)
+    train_cells(config, cells, open_set, folder, devices, console)
     if not processes.first():
         return
     rows = [cell.read(folder) for cell in cells]
-    write_table(run.out / TABLE, rows)
+    write_table(run.out / _TABLE, rows)
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
     run.write_summary(summary)
-    draw(config, parts.known, summary, run)
+    _draw(config, open_set.known, summary, run)
     console.print(f'{run.out / "report.html"} has the pictures and all numbers', highlight=False, soft_wrap=True)
 
 
@@ -163,8 +164,8 @@ def pictured(config: Config) -> list[Cell]:
     return [Cell(weight, config.shown_alpha, config.seed, 2) for weight in sorted({0.0, *config.weights})]
 
 
-def train(
-    config: Config, cells: Sequence[Cell], parts: OpenSet, folder: Path, devices: Devices, console: Console
+def train_cells(
+    config: Config, cells: Sequence[Cell], open_set: OpenSet, folder: Path, devices: Devices, console: Console
 ) -> None:
     """Trains the cells that are not done yet."""
     done = processes.largest(*(cell.done(folder) for cell in cells))
@@ -176,7 +177,7 @@ def train(
     task = Task(config, config.held_out, config.similarity, folder)
     available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = max(1, min(config.workers or available, len(left))) if config.on_cores else jax.process_count()
-    on_devices = partial(work_on_devices, parts=parts, devices=devices)
+    on_devices = partial(work_on_devices, open_set=open_set, devices=devices)
     work = partial(work_on_cores, workers=workers) if config.on_cores else on_devices
     go_on = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
@@ -209,7 +210,7 @@ def name(weight: float, alpha: float) -> str:
     return f'weight {weight:g}, alpha {alpha:g}' if weight else 'softmax'
 
 
-def draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) -> None:
+def _draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) -> None:
     """Draws the pictures and writes the page."""
     pairs = [(weight, alpha) for weight in config.weights if weight for alpha in config.alphas]
     measures = {shown: {pair: summary[name(*pair)][measure] for pair in pairs} for measure, shown in DRAWN.items()}

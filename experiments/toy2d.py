@@ -8,20 +8,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
-from experiments import cli, figures, processes
-from experiments.arms import Arm, Job
-from experiments.data import Dataset, LazySplit, Split
-from experiments.evaluation import Evaluation, centers_of, evaluate
-from experiments.figures import Snapshot
-from experiments.history import History
-from experiments.known import reach_of, write_known
-from experiments.report import write_report
-from experiments.runs import SNAPSHOTS, Run
-from experiments.settings import Settings
+from experiments.data.load import Dataset
+from experiments.launch import cli, processes
+from experiments.launch.flags import Settings
+from experiments.launch.run_folder import SNAPSHOTS, Run
+from experiments.plots.features import animate_features, draw_features
+from experiments.plots.report import write_report
+from experiments.train.evaluate import evaluate, sample, snapshot_of
+from experiments.train.loop import Arm, Job
+from experiments.train.snapshots import History, Snapshot
+from experiments.train.thresholds import reach_of, write_known
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',
@@ -29,9 +28,6 @@ COLUMNS = {
     'intra_inter_ratio': 'intra/inter ratio',
     'train_seconds': 'seconds',
 }
-
-# A picture needs no more points than these, however large the set is.
-SHOWN = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     job = Job(config)
-    if job.finished():
+    if job.finished('features.png', 'features.gif'):
         return
     data = job.load()
     job.start(data)
@@ -56,48 +52,27 @@ def main(config: Config) -> None:
 
     def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
         test = evaluate(state, data.test, job.devices)
-        histories[arm.name].add(snapshot(epoch, state, test, data.num_classes))
+        histories[arm.name].add(snapshot_of(epoch, state, test, data.num_classes))
         return test.measures()
 
     def finish(arm: Arm, state: TrainState) -> dict[str, Any]:
         history = histories[arm.name]
-        history.read(config.epochs)
+        history.read(config.epochs, job.tell)
         train, test = (evaluate(state, split, job.devices) for split in (sample(data.train), data.test))
-        history.snapshots[-1] = snapshot(config.epochs, state, test, data.num_classes, train)
+        history.snapshots[config.epochs] = snapshot_of(config.epochs, state, test, data.num_classes, train)
         reach[arm.name] = reach_of(test.distances)
         return {**test.measures(), 'collapsed': test.collapsed(data.num_classes), 'train_seconds': job.seconds(arm)}
 
     summary = job.train(arms, look, finish)
     job.run.write_summary(summary)
-    job.console.print(table(summary))
+    job.console.print(summary_table(summary))
     if processes.first():
         write_known(job.run.out, data.class_names, reach)
-        draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
+        _draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
 
 
-def sample(split: Split | LazySplit) -> Split:
-    """Examples from all over a split, as many as a picture shows."""
-    return Split(*split.take(np.linspace(0, len(split) - 1, min(SHOWN, len(split))).astype(int)))
-
-
-def snapshot(
-    epoch: int, state: TrainState, test: Evaluation, num_classes: int, train: Evaluation | None = None
-) -> Snapshot:
-    """What a picture shows of a state; of the train set nothing where it was not evaluated."""
-    return Snapshot(
-        epoch=epoch,
-        train_features=train.features if train else test.features[:0],
-        train_labels=train.labels if train else test.labels[:0],
-        test_features=test.features[:SHOWN],
-        test_labels=test.labels[:SHOWN],
-        centers=centers_of(state),
-        **test.measures(),
-        collapsed=test.collapsed(num_classes),
-    )
-
-
-def table(summary: dict[str, dict[str, Any]]) -> Table:
+def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
     """The results as a terminal shows them."""
     # A word a line, so that a narrow terminal cuts none.
     rows = Table('arm', *(Column(name.replace(' ', '\n'), justify='right') for name in COLUMNS.values()))
@@ -107,16 +82,19 @@ def table(summary: dict[str, dict[str, Any]]) -> Table:
     return rows
 
 
-def draw(config: Config, data: Dataset, history: dict[str, list[Snapshot]], summary: dict[str, Any], run: Run) -> None:
+def _draw(
+    config: Config, data: Dataset, history: dict[str, dict[int, Snapshot]], summary: dict[str, Any], run: Run
+) -> None:
     """Draws the pictures and writes the page."""
     arms = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
-    named = {arms[arm]: snapshots for arm, snapshots in history.items()}
+    moments = sorted(set.intersection(*(set(snapshots) for snapshots in history.values())))
+    named = {arms[arm]: [snapshots[epoch] for epoch in moments] for arm, snapshots in history.items()}
     epochs = 'one epoch' if config.epochs == 1 else f'{config.epochs} epochs'
     title = f'{data.name}, {config.model}, {epochs}, seed {config.seed}'
     picture, film = run.out / 'features.png', run.out / 'features.gif'
     last = {name: snapshots[-1] for name, snapshots in named.items()}
-    figures.draw_features(picture, last, data.class_names, title=title)
-    figures.animate_features(film, named, data.class_names, title=title)
+    draw_features(picture, last, data.class_names, title=title)
+    animate_features(film, named, data.class_names, title=title)
     write_report(
         run.out / 'report.html',
         title=f'Softmax and center loss: {title}',

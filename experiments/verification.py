@@ -15,20 +15,18 @@ import numpy as np
 from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
-from experiments import cli, processes
-from experiments.arms import Arm, Job
-from experiments.devices import Devices
-from experiments.evaluation import embed, evaluate, nearest
-from experiments.files import write_table
-from experiments.intervals import Interval, intervals
-from experiments.known import reach_of, write_known
-from experiments.open_set import OpenSet, divide
-from experiments.plots import draw_roc
-from experiments.report import MEASURES, write_report
-from experiments.scores import Roc, unknown_auroc, verify
-from experiments.settings import Settings
+from experiments.data.open_set import OpenSet, divide
+from experiments.launch import cli, processes
+from experiments.launch.atomic_files import write_table
+from experiments.launch.flags import Settings
+from experiments.plots.curves import draw_roc
+from experiments.plots.report import MEASURES, write_report
+from experiments.train.evaluate import evaluate, judge
+from experiments.train.loop import Arm, Job
+from experiments.train.metrics import Interval, Roc, intervals
+from experiments.train.thresholds import write_known
 
-TABLE, PICTURE = 'verification.csv', 'roc.png'
+_TABLE, _PICTURE = 'verification.csv', 'roc.png'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +57,12 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     job = Job(config)
-    if job.finished():
+    if job.finished(_TABLE, _PICTURE):
         return
-    parts = divide(job.load(), config.held_out)
-    for note in parts.known.notes:
+    open_set = divide(job.load(), config.held_out)
+    for note in open_set.known.notes:
         job.tell(note)
-    job.start(parts.known)
+    job.start(open_set.known)
     arms = {
         f'{name}-{seed}': (name, Arm(f'{name}-{seed}', weight, seed))
         for seed in range(config.seed, config.seed + config.seeds)
@@ -72,10 +70,10 @@ def main(config: Config) -> None:
     }
 
     def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
-        return evaluate(state, parts.known.test, job.devices).measures()
+        return evaluate(state, open_set.known.test, job.devices).measures()
 
     def finish(arm: Arm, state: TrainState) -> tuple[dict[str, Any], Roc, float]:
-        values, roc, reach = judge(state, parts, config.similarity, job.devices)
+        values, roc, reach = judge(state, open_set, config.similarity, job.devices)
         return {**values, 'train_seconds': job.seconds(arm)}, roc, reach
 
     results = job.train([arm for _, arm in arms.values()], look, finish)
@@ -86,27 +84,12 @@ def main(config: Config) -> None:
         rocs[name].append(roc)
     summary = compare(rows)
     job.run.write_summary(summary)
-    job.console.print(table(summary))
+    job.console.print(interval_table(summary))
     if processes.first():
-        write_table(job.run.out / TABLE, rows)
-        write_known(job.run.out, parts.known.class_names, reach)
-        draw(config, job, parts, rocs, summary)
+        write_table(job.run.out / _TABLE, rows)
+        write_known(job.run.out, open_set.known.class_names, reach)
+        _draw(config, job, open_set, rocs, summary)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
-
-
-def judge(state: TrainState, parts: OpenSet, similarity: str, devices: Devices) -> tuple[dict[str, Any], Roc, float]:
-    """What one copy of a state is worth on known and on held-out classes, its curve, and its reach."""
-    test = evaluate(state, parts.known.test, devices)
-    features, _, labels = embed(state, parts.unknown, devices)
-    pairs, roc = verify(features, labels, similarity)
-    _, distances = nearest(state, features)
-    values = {
-        **test.measures(),
-        **pairs,
-        'unknown_auroc': unknown_auroc(test.distances, distances),
-        'collapsed': test.collapsed(parts.known.num_classes),
-    }
-    return values, roc, reach_of(test.distances)
 
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -124,7 +107,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
+def interval_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     """The results as a terminal shows them: mean and half of the 95 % interval."""
     rows = Table('', *(Column(arm, justify='right') for arm in summary))
     for key, value in summary['softmax'].items():
@@ -145,13 +128,15 @@ def mean_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(config: Config, job: Job, parts: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]) -> None:
+def _draw(
+    config: Config, job: Job, open_set: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]
+) -> None:
     """Draws the curves and writes the page."""
     out = job.run.out
     names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     labelled = {f'{names[arm]} (AUC {summary[arm]["auc"].mean:.3f})': curves for arm, curves in rocs.items()}
-    title = f'{parts.known.name}, {len(set(parts.unknown.labels.tolist()))} held-out classes'
-    draw_roc(out / PICTURE, labelled, title=f'Pairs of {title}')
+    title = f'{open_set.known.name}, {len(set(open_set.unknown.labels.tolist()))} held-out classes'
+    draw_roc(out / _PICTURE, labelled, title=f'Pairs of {title}')
     seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
     write_report(
         out / 'report.html',
@@ -160,7 +145,7 @@ def draw(config: Config, job: Job, parts: OpenSet, rocs: Mapping[str, list[Roc]]
         'the center loss changes a measure if its interval leaves out 0.',
         summary=summary,
         metrics=mean_rows(job.run.metrics()),
-        pictures={'Which share of like pairs is accepted at which share of unlike ones': out / PICTURE},
+        pictures={'Which share of like pairs is accepted at which share of unlike ones': out / _PICTURE},
         config=job.run.config(),
         command=config.command(),
     )

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import benchmark, jax_arms, timing, torch_arms
-from experiments.devices import choose
-from experiments.jax_arms import Cell
+from experiments import benchmark
+from experiments.bench import ours, pytorch, timing
+from experiments.bench.problem import Problem
+from experiments.launch.mesh import choose
 
-CELL = Cell(batch_size=64, num_classes=24, feature_dim=6)
+PROBLEM = Problem(batch_size=64, num_classes=24, feature_dim=6)
 MESH = 'data=2,classes=4'
-LAYOUTS = jax_arms.arms(choose('auto')) | jax_arms.arms(choose('auto', MESH), MESH)
+LAYOUTS = ours.layouts(choose('auto')) | ours.layouts(choose('auto', MESH), MESH)
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +24,9 @@ def _copies_are_small(monkeypatch):
 
 @pytest.mark.parametrize('arm', LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_layout_takes_the_same_step_and_is_measured_with_its_memory(arm):
-    measured = arm(CELL)
+    measured = arm(PROBLEM)
     moved, loss, gradient = next(measured.steps)
-    x, labels = CELL.batch()
+    x, labels = PROBLEM.batch()
     np.testing.assert_allclose(np.mean(loss), np.mean(np.sum((x - 1) ** 2, axis=1)), rtol=1e-6)
     # Under pmap each device has the gradient of its own mean, and a copy of the table.
     devices = np.asarray(loss).size
@@ -39,15 +40,15 @@ def test_every_layout_takes_the_same_step_and_is_measured_with_its_memory(arm):
 
 
 def test_one_layout_is_measured_where_it_is_named():
-    assert [*jax_arms.arms(choose('none'))] == ['centerloss_jax']
-    assert [*jax_arms.arms(choose('pmap'))] == ['centerloss_jax', 'pmap']
-    assert [*jax_arms.arms(choose('auto', MESH), MESH)] == ['centerloss_jax', f'mesh {MESH}']
+    assert [*ours.layouts(choose('none'))] == ['centerloss_jax']
+    assert [*ours.layouts(choose('pmap'))] == ['centerloss_jax', 'pmap']
+    assert [*ours.layouts(choose('auto', MESH), MESH)] == ['centerloss_jax', f'mesh {MESH}']
 
 
-@pytest.mark.skipif(torch_arms.installed() is None, reason='PyTorch is not installed')
-@pytest.mark.parametrize('arm', torch_arms.ARMS.values(), ids=torch_arms.ARMS.keys())
+@pytest.mark.skipif(pytorch.installed() is None, reason='PyTorch is not installed')
+@pytest.mark.parametrize('arm', pytorch.FORMS.values(), ids=pytorch.FORMS.keys())
 def test_every_torch_arm_runs(arm):
-    next(arm(torch_arms.installed(), CELL).steps)
+    next(arm(pytorch.installed(), PROBLEM).steps)
 
 
 @pytest.mark.parametrize(('slow', 'turns'), [(60.0, benchmark.TURNS), (0.0, 1)])
@@ -55,11 +56,11 @@ def test_arms_take_turns_but_for_slow_ones(slow, turns, monkeypatch):
     monkeypatch.setattr(benchmark, 'SLOW', slow)
     made = []
 
-    def arm(cell):
-        made.append(cell)
-        return jax_arms.one_device(cell)
+    def arm(problem):
+        made.append(problem)
+        return ours.one_device(problem)
 
-    rows = benchmark.measure_cell({'ours': arm, 'does not fit': lambda cell: None}, CELL, 1, lambda name: None)
+    rows = benchmark.measure_problem({'ours': arm, 'does not fit': lambda problem: None}, PROBLEM, 1, lambda name: None)
     assert [row['arm'] for row in rows] == ['ours']
     assert len(made) == turns
 
@@ -77,23 +78,23 @@ def test_an_arm_without_memory_is_left_out_and_named(error):
     error = jax.errors.JaxRuntimeError(error) if isinstance(error, str) else error
     told = []
 
-    def greedy(cell):
+    def greedy(problem):
         if len(told) > 3:  # in the last turn
             raise error
-        return jax_arms.one_device(cell)
+        return ours.one_device(problem)
 
-    arms = {'greedy': greedy, 'ours': jax_arms.one_device}
-    rows = benchmark.measure_cell(arms, CELL, 1, lambda *words: told.append(words))
+    arms = {'greedy': greedy, 'ours': ours.one_device}
+    rows = benchmark.measure_problem(arms, PROBLEM, 1, lambda *words: told.append(words))
     assert [row['arm'] for row in rows] == ['ours']
     assert ('greedy', 'out of memory') in told
 
 
 def test_any_other_error_of_an_arm_is_raised():
-    def broken(cell):
+    def broken(problem):
         raise RuntimeError('a shape is wrong')
 
     with pytest.raises(RuntimeError, match='shape'):
-        benchmark.measure_cell({'broken': broken}, CELL, 1, lambda *words: None)
+        benchmark.measure_problem({'broken': broken}, PROBLEM, 1, lambda *words: None)
 
 
 def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
@@ -104,7 +105,7 @@ def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys, monkeypatch
     with (out / 'benchmark.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     measured = {(row['allocator'], row['arm'], row['batch_size'], row['num_classes']) for row in rows}
-    for arm in jax_arms.arms(choose('auto')):
+    for arm in ours.layouts(choose('auto')):
         assert {('default', arm, '16', c) for c in ('8', '24')} <= measured
     assert all(
         0 < float(row['low_seconds']) <= float(row['step_seconds']) <= float(row['high_seconds']) for row in rows

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
-from experiments import cli, costs
-from experiments.devices import over_mesh
+from experiments import costs
+from experiments.launch import cli
+from experiments.launch.mesh import over_mesh
 from tests.support.programs import collective_sizes
 
 B, D, C = 4096, 64, 1_000_000

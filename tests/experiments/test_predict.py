@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from experiments import predict, toy2d
-from experiments.contact_sheet import draw_contact_sheet
-from experiments.data import load
-from experiments.known import reach_of
+from experiments.data.load import load
+from experiments.plots.contact_sheet import draw_contact_sheet
+from experiments.train.thresholds import reach_of
+from tests.support import tiny
 
 
 @pytest.fixture(scope='module')
@@ -31,6 +31,30 @@ run = partial(tiny.run, predict)
 def predictions(out: Path) -> list[dict[str, str]]:
     with (out / 'predictions.csv').open(newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'cure'),
+    [
+        ('known.json', b'{"reach": 3}', '--resume'),
+        ('known.json', b'{', '--resume'),
+        ('config.json', b'{"model": "small", "feature_dim": 2}', '--overwrite'),
+        ('config.json', None, '--overwrite'),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_one_line_that_names_it_and_the_cure(
+    trained, tmp_path, capsys, name, content, cure
+):
+    for other in ('known.json', 'config.json'):
+        shutil.copy(trained / other, tmp_path / other)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run('--images', 'digits:test', '--run', tmp_path) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert name in error
+    assert cure in error
 
 
 @pytest.mark.parametrize('arm', ['softmax', 'center'])

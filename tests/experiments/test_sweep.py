@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from experiments import sweep
-from experiments.cells import Cell
+from experiments.launch.run_folder import RunError
+from experiments.train.grid import Cell
+from tests.support import tiny
 
 FLAGS = ('--epochs', 1, '--batch-size', 500, '--feature-dim', 2, '--seeds', 2, '--weights', 0.1, '--alphas', 0.5)
 
@@ -50,6 +51,16 @@ def test_a_sweep_has_a_row_for_each_cell_and_softmax_alone_and_pictures(whole):
     page = (whole / 'report.html').read_text(encoding='utf-8')
     assert 'python -m experiments.sweep' in page
     assert '--weights 0.1 --alphas 0.5' in page
+
+
+def test_a_cell_that_the_system_fails_to_read_is_not_done_again(tmp_path):
+    cell = Cell(0.1, 0.5, 0, 2)
+    cell.path(tmp_path).write_text('[]')
+    assert not cell.done(tmp_path)
+    cell.path(tmp_path).unlink()
+    cell.path(tmp_path).symlink_to('/proc/self/mem')  # reading its first bytes is EIO
+    with pytest.raises(RunError, match='could not be read'):
+        cell.done(tmp_path)
 
 
 def test_a_sweep_goes_on_where_it_was_and_does_no_cell_twice(whole, tmp_path, capsys):

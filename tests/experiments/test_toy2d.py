@@ -1,23 +1,17 @@
 """The main job, run whole: what it writes, its arms, its devices, and what it says to a wrong value."""
 
-import csv
 import dataclasses
-import json
 import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from experiments import toy2d
-
-COLUMNS = {
-    *('epoch', 'arm', 'softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy'),
-    *('nearest_center_accuracy', 'intra_inter_ratio', 'center_step_norm', 'rows_left_out'),
-}
+from tests.support import tiny
+from tests.support.tiny import COLUMNS, rows, strict
 
 
 @pytest.fixture(scope='module')
@@ -26,19 +20,6 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 run = partial(tiny.run, toy2d)
-
-
-def refuse(constant: str):
-    raise AssertionError(f'{constant} is not JSON')
-
-
-def strict(path: Path) -> dict:
-    return json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / 'metrics.csv').open(newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
 
 
 def short(tmp_path: Path, data_dir: Path, **changes) -> Path:

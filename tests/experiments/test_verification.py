@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import tiny
 from PIL import Image
-from tiny import prepare
 
 from experiments import verification
-from experiments.progress import Progress
+from experiments.train.logging import Progress
+from tests.support import tiny
+from tests.support.tiny import prepare
 
 QUICK = ('--parallel', 'none', '--batch-size', 500, '--epochs', 2, '--seeds', 2)
 MEASURES = {

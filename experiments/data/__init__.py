@@ -1,0 +1,1 @@
+"""Datasets: how they are prepared, read, divided and batched."""

@@ -1,0 +1,193 @@
+"""Anyone's own images, made into a TFDS set that is read like all others.
+
+Files differ in size and in channels, and some are broken. Each case has one outcome: a line that the run
+prints, or an error before anything is prepared.
+"""
+
+import collections
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import ExifTags, Image
+
+from experiments.data.digits import classification_info, prepare_once
+from experiments.data.image_files import Splits, find_images, fingerprint, shown, stamp
+from experiments.data.splits import FORMATS
+from experiments.data.tfds_cache import DataError
+
+# Width and height where fewer than half of the images share a size: small, and things can be recognised.
+FALLBACK_SIZE = (64, 64)
+
+# What turns an image upright, by the orientation in its EXIF.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+PNG = b'\x89PNG\r\n\x1a\n'
+
+
+def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
+    """The images of this folder, prepared again whenever its files change, and notes on them."""
+    splits, notes = find_images(folder)
+    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+    home = data_dir / 'image_folders' / f'{folder.name}-{place}-{stamp(splits)}'
+    copy = home / ImageFolder.name / str(ImageFolder.VERSION)
+    builder = prepare_once(copy, lambda: ImageFolder(folder, splits, data_dir=home))
+    for other in home.parent.iterdir():
+        if other != home and re.fullmatch(f'.*-{place}-[0-9a-f]{{16}}', other.name):
+            shutil.rmtree(other, ignore_errors=True)
+    return builder, (*notes, *builder.info.description.splitlines())
+
+
+class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The files of a folder, brought to one size and one number of channels. Its description says how."""
+
+    VERSION = tfds.core.Version('2.0.0')
+
+    def __init__(self, folder: Path, splits: Splits, **kwargs):
+        self._folder, self._files = folder, splits
+        self._size, self._mode, self._odd, self._notes = _common_form(folder, splits)
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        width, height = self._size
+        image_shape = (height, width, len(Image.new(self._mode, (1, 1)).getbands()))
+        # The label file of TFDS has a stripped line for a name, so the names are kept here.
+        names = list(self._files['train'])
+        facts = {'class_names': names, 'fingerprint': fingerprint(self._folder, self._files)}
+        return classification_info(self, '\n'.join(self._notes), image_shape, len(names), facts)
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {split: self._generate_examples(classes) for split, classes in self._files.items()}
+
+    def _generate_examples(self, classes):
+        for label, name in enumerate(self._files['train']):
+            for path in classes.get(name, []):
+                form = self._size, self._mode
+                image = _fitted(path, *form) if path in self._odd else _image_or_path(path, *form)
+                yield os.fsencode(path.relative_to(self._folder)), {'image': image, 'label': label}
+
+
+def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, set[Path], list[str]]:
+    """Size (width, height) and mode that all images will have, files with odd metadata, and notes. Reads every file."""
+    paths = [path for classes in splits.values() for paths in classes.values() for path in paths]
+    sizes, modes = collections.Counter(), collections.Counter()
+    transparent, odd, broken = 0, set(), []
+    for path in paths:
+        try:
+            image, is_transparent, is_odd = open_image(path)
+        except Exception as error:  # Pillow raises some ten types for files that it cannot read
+            broken.append(f'  {shown(path.relative_to(folder))}: {str(error).replace(str(path), path.name)}')
+            continue
+        odd |= {path} if is_odd else set()
+        sizes[image.size] += 1
+        modes[image.mode] += 1
+        transparent += is_transparent
+    if broken:
+        more = [f'  and {len(broken) - 3} more'] if len(broken) > 3 else []
+        head = f'{len(broken)} of {len(paths)} images in {shown(folder)} cannot be read, so nothing was prepared:'
+        raise DataError('\n'.join([head, *broken[:3], *more, 'Repair or remove them, and run again.']))
+
+    notes = []
+    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]))
+    if 2 * count < len(paths):
+        size, count = FALLBACK_SIZE, sizes[FALLBACK_SIZE]
+    if count < len(paths):
+        notes.append(f'{len(paths) - count} of {len(paths)} images were stretched to {size[0]}x{size[1]} pixels')
+    mode = 'RGB' if modes['RGB'] else 'L'
+    if mode == 'RGB' and modes['L']:
+        notes.append(f'{modes["L"]} of {len(paths)} images are grey among coloured ones and were made coloured')
+    if transparent:
+        notes.append(f'{transparent} of {len(paths)} images have transparent parts, which were laid on white')
+    if odd:
+        notes.append(f'{len(odd)} of {len(paths)} images have damaged metadata, which was left out')
+    return size, mode, odd, notes
+
+
+def open_image(path: Path) -> tuple[Image.Image, bool, bool]:
+    """Reads the image of a file upright, in mode L or RGB, transparent parts laid on white.
+
+    Returns:
+        The image, whether it had such parts, and whether its metadata is damaged.
+    """
+    image, odd = _decoded(path)
+    if not odd and (turn := TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
+    grey = image.mode in ('1', 'L', 'LA') or image.mode.startswith('I')
+    if image.mode.startswith('I'):  # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    transparent = False
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        transparent = bool(np.asarray(image)[..., 3].min() < 255)
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('L' if grey else 'RGB'), transparent, odd
+
+
+def _decoded(path: Path) -> tuple[Image.Image, bool]:
+    """Reads the pixels of a file, and says whether its metadata is damaged."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+    except Exception:  # Pillow raises some ten types
+        content = _without_metadata(path.read_bytes())
+        if content is None:
+            raise
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            image.load()
+            return image, True
+        raise
+    try:
+        _orientation(image)
+    except Exception:  # Pillow raises some ten types for EXIF too
+        return image, True
+    return image, False
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns how a camera was held, 1 to 8; 1 is upright."""
+    with warnings.catch_warnings(action='error'):  # of Pillow, on damaged EXIF
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _without_metadata(content: bytes) -> bytes | None:
+    """Returns a PNG with the chunks that its pixels need, None for another format."""
+    if not content.startswith(PNG):
+        return None
+    kept, place = [PNG], len(PNG)
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4])
+        name = content[place + 4 : place + 8]
+        if name[:1].isupper() or name == b'tRNS':  # a lower case letter: not critical
+            kept.append(content[place:end])
+        place = end
+    return b''.join(kept)
+
+
+def _image_or_path(path: Path, size: tuple[int, int], mode: str) -> Image.Image | str:
+    """The path where the file can be stored as it is, which keeps a JPEG small."""
+    with Image.open(path, formats=FORMATS) as file:
+        upright = _orientation(file) == 1
+        if file.size == size and file.mode == mode and upright and not file.has_transparency_data:
+            return str(path)
+    return _fitted(path, size, mode)
+
+
+def _fitted(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
+    image, _, _ = open_image(path)
+    return image.convert(mode).resize(size, Image.Resampling.BILINEAR)

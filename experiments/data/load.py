@@ -1,0 +1,179 @@
+"""One way to read every dataset: as a data source of tensorflow-datasets (TFDS), whoever prepared it.
+
+A set has its name in TFDS (`mnist`, `emnist/letters`), is `digits`, or is the folder of one's own images.
+Reading takes no TensorFlow and no network; what is not there yet is prepared first.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from experiments.data import digits, prepare, tfds_cache
+from experiments.data.image_files import natural_order, shown, some
+from experiments.data.image_folder import FALLBACK_SIZE, image_folder
+from experiments.data.splits import MODES, LazySplit, Split
+from experiments.data.tfds_cache import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Two splits, and the lines that a run prints about them."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split | LazySplit
+    test: Split | LazySplit
+    notes: tuple[str, ...]
+    fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what tells these data from others
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The fingerprint and the names of the classes, which differ for other data."""
+        return {**{f'class {number}': name for number, name in enumerate(self.class_names)}, **self.fingerprint}
+
+    @property
+    def overview(self) -> str:
+        """A line that shows how the data were understood."""
+        sizes = f'{len(self.train)} train and {len(self.test)} test images'
+        return f'{self.name} has {self.num_classes} classes ({some(self.class_names)}), {sizes}'
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width, channels."""
+        return self.train.image_shape
+
+
+def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dataset:
+    """Reads a dataset, and prepares it first if it is not there.
+
+    Args:
+        dataset: a name in the catalogue of TFDS, or `digits`, or a folder of images: `class/*.png|jpg|jpeg`,
+            or `train/class/*` and `test/class/*`.
+        data_dir: where prepared sets are; by default a folder in the user's cache.
+        image_size: width and height that images are brought to; 0 leaves them as they are.
+
+    Raises:
+        DataError: with what is wrong and what to do, in one to ten lines.
+    """
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
+    try:
+        data_dir = (data_dir or cache).expanduser().absolute()
+        return _read(*_builder(dataset, data_dir), image_size)
+    except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
+        raise DataError(f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}') from error
+
+
+def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
+    """What a set is called, the builder of its prepared copy, and notes.
+
+    A name wins over a folder: `./mnist` is the folder.
+    """
+    catalogue = tfds.list_builders(with_community_datasets=False)
+    name = re.split('[/:]', dataset)[0]
+    folder = Path(dataset).expanduser().resolve()
+    if dataset == 'digits':
+        return dataset, digits.digits(data_dir), ()
+    if name in catalogue:
+        return dataset, prepare.public(dataset, data_dir), ()
+    if folder.is_dir():
+        return shown(folder.name), *image_folder(folder, data_dir)
+    if copy := tfds_cache.find(dataset, data_dir):
+        return dataset, copy, ()
+    near = difflib.get_close_matches(name, ['digits', *catalogue], n=3)
+    hint = f'; did you mean {" or ".join(near)}?' if near else ''
+    raise DataError(f'{shown(dataset)} is neither a dataset of tensorflow-datasets nor a folder of images{hint}')
+
+
+def _read(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> Dataset:
+    features = builder.info.features
+    keys = _keys(name, builder.info)
+    height, width, channels = features[keys[0]].shape
+    if image_size:
+        width, height = image_size, image_size
+    elif height is None or width is None:
+        width, height = FALLBACK_SIZE
+        notes += (f'images of {name} differ in size; all were stretched to {width}x{height} pixels',)
+    encoded = {key: tfds.decode.SkipDecoding() for key in features if _is_image(features[key])}
+    sources = {
+        split: builder.as_data_source(split, decoders=encoded, file_format='array_record')
+        for split in builder.info.splits
+    }
+    class_names, number = _classes(features[keys[1]], sources, keys[1])
+    facts = builder.info.metadata or {}
+    class_names = tuple(facts.get('class_names', class_names))
+    splits = {
+        split: LazySplit(source, range(len(source)), keys, (height, width, channels), number)
+        for split, source in sources.items()
+    }
+    train, test, note = _train_and_test(name, splits)
+    fingerprint = facts.get('fingerprint') or _fingerprint(builder.info)
+    return Dataset(name, class_names, train.in_memory_if_small(), test.in_memory_if_small(), notes + note, fingerprint)
+
+
+def _fingerprint(info: tfds.core.DatasetInfo) -> dict[str, str]:
+    """Returns name, version and splits of a set."""
+    splits = {f'split {name}': f'{split.num_examples} examples' for name, split in info.splits.items()}
+    return {'dataset': info.full_name, **splits}
+
+
+def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
+    """What examples call their image and their label; of several labels, the set says which is meant."""
+    features: Any = info.features
+    images = [key for key in features if _is_image(features[key])]
+    labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
+    if not labels:  # as in lfw, whose labels are the names of people
+        labels = [key for key in features if key == 'label' and isinstance(features[key], tfds.features.Text)]
+    for keys in (info.supervised_keys, (*images, *labels)):
+        if keys and len(keys) == 2 and keys[0] in images and keys[1] in labels:
+            return cast(tuple[str, str], keys)
+    described = ', '.join(f'{key} ({type(features[key]).__name__})' for key in features)
+    raise DataError(
+        f'{name} is no set for image classification, which takes one image of 8 bits a channel and one class '
+        f'label; it has {described[:300]}'
+    )
+
+
+def _classes(feature: Any, sources: dict[str, Any], key: str) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+    """The names of the classes, and the number of a class for what an example has as label."""
+    if isinstance(feature, tfds.features.ClassLabel):
+        return tuple(feature.names), int
+    found = {source[index][key] for source in sources.values() for index in range(len(source))}
+    names = natural_order(name.decode() for name in found)
+    return tuple(names), {name.encode(): number for number, name in enumerate(names)}.__getitem__
+
+
+def _is_image(feature: Any) -> bool:
+    if not isinstance(feature, tfds.features.Image):
+        return False
+    image: Any = feature
+    return image.shape[-1] in MODES and np.dtype(image.np_dtype) == np.uint8
+
+
+def _train_and_test(name: str, splits: dict[str, LazySplit]) -> tuple[LazySplit, LazySplit, tuple[str, ...]]:
+    """The splits to train and to test on, and what to say about the choice."""
+    if 'train' not in splits:
+        raise DataError(f'{name} has no split named train, only {", ".join(splits)}')
+    train = splits['train']
+    for candidate in ('test', 'validation'):
+        if candidate not in splits:
+            continue
+        split = splits[candidate]
+        _, labels = split.take(range(min(100, len(split))))
+        if labels.max() >= 0:  # a competition's test split has the label -1 throughout
+            note = f'{name} has no labelled test split; its validation split was taken as one'
+            return train, split, (note,) if candidate == 'validation' else ()
+    rows = range(len(train))
+    test = dataclasses.replace(train, rows=rows[4::5])
+    train = dataclasses.replace(train, rows=[row for row in rows if row % 5 != 4])
+    return train, test, (f'{name} has no labelled test split; every fifth train image was held out as one',)

@@ -1,0 +1,1 @@
+"""How a run starts and stops: its flags, devices, processes and folder."""

@@ -1,0 +1,139 @@
+"""One arm's train or test set on one pair of axes: its points, class centers and class names."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba_array
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from experiments.plots.projection import Plane
+from experiments.plots.text_placement import place_labels
+from experiments.train.snapshots import Snapshot
+
+MAX_POINTS = 4000
+MAX_NAMED_CLASSES = 20
+MAX_NAME_LENGTH = 11
+
+# Paul Tol's "muted" scheme, which the colour-blind can tell apart, with its pale grey darkened for points.
+PALETTE = (
+    *('#CC6677', '#332288', '#DDCC77', '#117733', '#88CCEE'),
+    *('#882255', '#44AA99', '#999933', '#AA4499', '#777777'),
+)
+_NO_CLASS = '#DDDDDD'
+
+
+class Panel:
+    """One arm on one pair of axes. Its artists are made once and moved by `show`: frames are cheap."""
+
+    def __init__(self, axes: Axes, plane: Plane, window: np.ndarray, class_names: Sequence[str]):
+        self.axes, self.plane, self.window = axes, plane, window
+        names, num_classes = _short_names(class_names), len(class_names)
+        self.colors = to_rgba_array([*(PALETTE[c % len(PALETTE)] for c in range(num_classes)), _NO_CLASS])
+
+        axes.set(xlabel=plane.axis_names[0], ylabel=plane.axis_names[1], xlim=window[0], ylim=window[1])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.spines[:].set_color('0.8')
+        axes.tick_params(color='0.8', labelcolor='0.35')
+        axes.axvline(plane.origin[0], color='0.88', linewidth=1, zorder=0)
+        if plane.dimensions == 1:
+            shown = range(0, num_classes, -(-num_classes // MAX_NAMED_CLASSES))
+            axes.set_yticks(list(shown), [names[c] for c in shown], parse_math=False)
+        else:
+            axes.set_aspect('equal')
+            axes.axhline(plane.origin[1], color='0.88', linewidth=1, zorder=0)
+
+        few = num_classes <= MAX_NAMED_CLASSES
+        self.label_size = 10 if few else 7
+        self.points = axes.scatter([], [], linewidths=0, alpha=0.55, rasterized=True)
+        self.centers = axes.scatter([], [], s=26 if few else 10, c='white', edgecolors='black', zorder=3)
+        halo = withStroke(linewidth=2.5, foreground='white')
+        style: dict[str, Any] = {'path_effects': [halo], 'parse_math': False, 'zorder': 4}
+        style |= {'ha': 'center', 'va': 'center'}
+        self.labels = [] if plane.dimensions == 1 else [
+            axes.text(0, 0, name, fontsize=self.label_size, fontweight='bold', **style) for name in names
+        ]  # fmt: skip
+        self.note = axes.text(0.5, 0.08, '', transform=axes.transAxes, fontsize=10, **style)
+
+    def show(self, snapshot: Snapshot, part: str, heading: str) -> None:
+        features, labels = _set_of(snapshot, part)
+        num_classes = len(snapshot.centers)
+        finite = np.flatnonzero(np.isfinite(features).all(axis=1))
+        drawn = np.random.default_rng(0).permutation(finite)[:MAX_POINTS]
+        labels = labels[drawn]
+        points = self.plane.points(features[drawn], labels)
+        if self.plane.dimensions == 1:  # points of a class would lie on one line and hide each other
+            points[:, 1] += np.random.default_rng(0).uniform(-0.35, 0.35, len(points))
+        centers = self.plane.points(snapshot.centers, np.arange(num_classes))
+
+        size = np.clip(5000 / max(len(points), 1), 4, 12)  # a few points must be seen too
+        self.points.set(offsets=points, sizes=[size], facecolor=self.colors[labels])
+        self.centers.set_offsets(centers)
+        self._name_classes([points[labels == c] for c in range(num_classes)], centers, snapshot.collapsed)
+        self.axes.set_title(heading, fontsize=10, parse_math=False)
+        self.note.set_text(_note(snapshot, features))
+
+    def _name_classes(self, clouds: list[np.ndarray], centers: np.ndarray, collapsed: bool) -> None:
+        em = self.label_size / 250 * np.ptp(self.window[0])  # a panel is about 250 points wide
+        sizes = np.array([[0.7 * em * len(text.get_text()), em] for text in self.labels])
+        clouds = [cloud if len(cloud) else centers[c : c + 1] for c, cloud in enumerate(clouds)]
+        places = place_labels(clouds, sizes, self.window, gap=0.4 * em) if len(sizes) else []
+        for text, place in zip(self.labels, places, strict=True):
+            text.set(visible=place is not None and not collapsed, position=(0, 0) if place is None else place)
+
+
+def window_of(plane: Plane, snapshots: Iterable[Snapshot], parts: Sequence[str]) -> np.ndarray:
+    """Limits [[left, right], [bottom, top]] that hold an arm's points and centers at all times; a square."""
+    clouds = []
+    for s in snapshots:
+        clouds.append(plane.points(s.centers, np.arange(len(s.centers))))
+        for part in parts:
+            features, labels = _set_of(s, part)
+            clouds.append(plane.points(features, labels))
+    if plane.dimensions <= 2:  # a PCA may have the origin far from all points
+        clouds.append(plane.origin[None])
+    points = np.concatenate(clouds)
+    points = points[np.isfinite(points).all(axis=1)]
+    if not len(points):
+        return np.array([[-1.0, 1.0], [-1.0, 1.0]])
+    low, high = points.min(axis=0), points.max(axis=0)
+    half = (high - low) / 2 if plane.dimensions == 1 else np.full(2, (high - low).max() / 2)
+    half = np.where(half > 0, 1.1 * half, 1.0)
+    middle = (low + high) / 2
+    return np.stack([middle - half, middle + half], axis=1)
+
+
+def _set_of(snapshot: Snapshot, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of the train or test set. A label that names no class becomes the class count."""
+    features, labels = getattr(snapshot, f'{part}_features'), getattr(snapshot, f'{part}_labels')
+    num_classes = len(snapshot.centers)
+    return features, np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+
+
+def _short_names(class_names: Sequence[str]) -> list[str]:
+    """Names that fit into a picture: shortened, or numbers if there are many or two would look the same."""
+    short = [n if len(n) <= MAX_NAME_LENGTH else n[: MAX_NAME_LENGTH - 1] + '…' for n in class_names]
+    if len(short) > MAX_NAMED_CLASSES or len(set(short)) < len(short):
+        return [str(c) for c in range(len(short))]
+    return short
+
+
+def numbers_of(snapshot: Snapshot) -> str:
+    """The test set's measures, for a heading."""
+    ratio = snapshot.intra_inter_ratio
+    return (
+        f'accuracy {100 * snapshot.test_accuracy:.1f} %, '
+        f'nearest center {100 * snapshot.nearest_center_accuracy:.1f} %\n'
+        f'intra/inter ratio {f"{ratio:.3g}" if np.isfinite(ratio) else "undefined"}'
+    )
+
+
+def _note(snapshot: Snapshot, features: np.ndarray) -> str:
+    notes = ['collapsed: the features\ntell nothing of the class'] if snapshot.collapsed else []
+    for what, rows in (('points', features), ('centers', snapshot.centers)):
+        if wrong := np.sum(~np.isfinite(rows).all(axis=1)):
+            notes.append(f'{wrong} of {len(rows)} {what} are not finite')
+    return '\n'.join(notes)

@@ -1,0 +1,1 @@
+"""The network, its training, its evaluation and its checkpoints."""

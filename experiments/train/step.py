@@ -1,0 +1,112 @@
+"""The one training step that all experiments share, its metrics, and their sums over an epoch."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from jax import Array
+from jax.sharding import Mesh
+
+import centerloss_jax as clj
+from experiments.launch.mesh import Devices
+from experiments.train.model import Classifier
+
+
+def create_state(
+    model: Classifier,
+    image_shape: tuple[int, ...],
+    seed: int,
+    learning_rate: float,
+    alpha: float,
+    devices: Devices,
+) -> TrainState:
+    """A stock TrainState whose params hold the network's parameters and, beside them, the centers."""
+    images, labels = jnp.zeros((1, *image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
+    variables = _init(model, jax.random.key(seed), images, labels)
+    tx = _optimizer(learning_rate, alpha, devices.axis_name, devices.mesh)
+    params = {'params': variables['params'], 'centers': variables['centers']}
+    return devices.place_state(TrainState.create(apply_fn=model.apply, params=params, tx=tx))
+
+
+@jax.jit(static_argnames='model')
+def _init(model: Classifier, key: Array, images: Array, labels: Array) -> Any:
+    return model.init(key, images, labels)
+
+
+@functools.cache  # with the same optimizer, states of several seeds share one compiled step
+def _optimizer(
+    learning_rate: float, alpha: float, axis_name: str | None, mesh: Mesh | None
+) -> optax.GradientTransformation:
+    return clj.with_centers(optax.adam(learning_rate), alpha=alpha, axis_name=axis_name, mesh=mesh)
+
+
+class Metrics(NamedTuple):
+    """What a step tells. It returns them as one array, which is read in one transfer."""
+
+    softmax_loss: Any  # mean cross-entropy
+    center_loss: Any  # mean squared distance, before it is weighted
+    train_accuracy: Any
+    gradient_norm: Any
+    center_step_norm: Any
+    rows_left_out: Any  # since the start
+
+
+def train_step(
+    state: TrainState, images: Array, labels: Array, center_weight: Array, axis_name: str | None = None
+) -> tuple[TrainState, Array]:
+    """One step of L = softmax + center_weight * center, and its Metrics, [6]. Examples with label -1 are left out.
+
+    The weight is an argument of the compiled step: with 0 it is the softmax arm, bit for bit, centers moving too.
+    """
+
+    def mean(value):
+        return value if axis_name is None else jax.lax.pmean(value, axis_name)
+
+    counted = labels >= 0
+    count = jnp.maximum(mean(counted.sum().astype(jnp.float32)), 1e-9)
+
+    def loss_fn(params):
+        variables = {'params': params, 'centers': state.params['centers']}
+        _, logits, center, rows = state.apply_fn(variables, images, labels, axis_name)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        softmax = mean(jnp.where(counted, each, 0).sum() / count)
+        center = mean(center)
+        accuracy = mean((counted & (logits.argmax(-1) == labels)).sum() / count)
+        return softmax + center_weight * center, (rows, softmax, center, accuracy)
+
+    (_, (rows, softmax, center, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params['params'])
+    grads = mean(grads)
+    state = state.apply_gradients(grads={'params': grads, 'centers': {'center': {'centers': rows}}})
+    opt_state: Any = state.opt_state
+    centers = opt_state.inner_states['centers'].inner_state
+    metrics = Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.left_out)
+    return state, jnp.stack([value.astype(jnp.float32) for value in metrics])
+
+
+class Tally(NamedTuple):
+    """Sums over the part of an epoch that is done: all that its row of metrics needs, in numbers that JSON keeps."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    sums: Sequence[float] = (0.0,) * len(Metrics._fields)  # of metrics times examples
+    left_out: int = 0
+
+    def add(self, counts: Sequence[int], metrics: Sequence[np.ndarray], seconds: float) -> 'Tally':
+        """With more steps. They are added one by one, so that no pause between them changes a bit."""
+        sums = np.array(self.sums, np.float64)
+        for count, values in zip(counts, metrics, strict=True):
+            sums += count * values.astype(np.float64)
+        left_out = int(metrics[-1][Metrics._fields.index('rows_left_out')])
+        examples = self.examples + sum(counts)
+        return Tally(self.steps + len(counts), self.seconds + seconds, examples, sums.tolist(), left_out)
+
+    def row(self) -> dict[str, float]:
+        """Means over the examples, and the rows left out so far."""
+        means = Metrics(*(value / self.examples for value in self.sums))._replace(rows_left_out=self.left_out)
+        return {**means._asdict(), 'epoch_seconds': self.seconds, 'steps_per_second': self.steps / self.seconds}

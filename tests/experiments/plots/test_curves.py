@@ -1,0 +1,52 @@
+"""What a reader of curves over seeds relies on: means, their intervals, and how many seeds there were."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.plots.curves import draw_roc, draw_sweep
+from experiments.train.metrics import Interval, Roc, interval
+
+
+def curve(power: float) -> Roc:
+    far = np.linspace(0, 1, 2001)
+    return Roc(far, far**power)
+
+
+def test_the_curves_of_seeds_are_drawn_as_their_mean_in_its_interval(tmp_path):
+    arms = {'softmax alone': [curve(0.3), curve(0.4)], 'with center loss': [curve(0.2), curve(0.3)]}
+    figure = draw_roc(tmp_path / 'roc.png', arms, title='two $arms')
+    (axes,) = figure.axes
+    lines = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.lines}
+    assert lines.keys() == {*arms, 'chance'}
+    grid = np.asarray(axes.lines[0].get_xdata())
+    for arm, curves in arms.items():
+        np.testing.assert_allclose(lines[arm], np.mean([own.tar_at(grid) for own in curves], axis=0))
+    assert (grid[0], grid[-1]) == (0.001, 1)
+    assert len(axes.collections) == 2
+    assert 'Means of 2 seeds and their 95 % intervals' in figure.get_supxlabel()
+    with Image.open(tmp_path / 'roc.png') as picture:
+        assert picture.width > 800
+
+
+def test_one_seed_has_no_interval_and_the_picture_says_so(tmp_path):
+    figure = draw_roc(tmp_path / 'roc.png', {'softmax': [curve(0.3)]}, title='one')
+    assert 'no interval' in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize('alphas', [(0.5,), (0.1, 0.5, 1.0)])
+def test_a_measure_is_drawn_against_each_setting_with_softmax_alone_beside_it(tmp_path, alphas):
+    weights = (0.01, 0.1, 1.0)
+    values = {(w, a): Interval(w + a, w + a - 0.1, w + a + 0.1) for w in weights for a in alphas}
+    softmax = interval([0.2, 0.4])
+    figure = draw_sweep(tmp_path / 'sweep.png', {'auc': values}, {'auc': softmax}, 2, title='a sweep')
+    against_weight, against_alpha = figure.axes
+    assert against_weight.get_ylabel() == 'auc'
+    assert len(against_weight.containers) == len(alphas)
+    assert len(against_alpha.containers) == len(weights)
+    for axes, settings in ((against_weight, weights), (against_alpha, alphas)):
+        assert [text.get_text() for text in axes.get_xticklabels()] == [f'{setting:g}' for setting in settings]
+        (reference,) = (line for line in axes.lines if line.get_label() == 'softmax alone')
+        assert np.unique(np.asarray(reference.get_ydata())).tolist() == pytest.approx([0.3])
+    drawn = against_weight.containers[0][0].get_ydata()
+    assert np.asarray(drawn).tolist() == pytest.approx([w + alphas[0] for w in weights])
