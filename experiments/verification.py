@@ -20,7 +20,8 @@ from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Settings
 from experiments.plots.curves import draw_roc
-from experiments.plots.report import MEASURES, write_report
+from experiments.plots.measures import measure_name
+from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, judge
 from experiments.train.loop import Arm, Job
 from experiments.train.metrics import Interval, Roc, intervals
@@ -112,7 +113,7 @@ def interval_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = Table('', *(Column(arm, justify='right') for arm in summary))
     for key, value in summary['softmax'].items():
         if isinstance(value, Interval):
-            name = MEASURES[key][0] if key in MEASURES else key.replace('_', ' ')
+            name = measure_name(key)
             rows.add_row(name, *(f'{arm[key].mean:.4f} ± {arm[key].half_width:.4f}' for arm in summary.values()))
     return rows
 
