@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     tell(in_a_line(environment(devices)))
     torch = pytorch.installed() if processes.first() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so it is not measured')
-    arms: dict[str, turns.Arm] = ours.layouts(devices, config.mesh)
+    arms: dict[str, turns.Maker] = ours.layouts(devices, config.mesh)
     if torch:
         arms |= {name: partial(arm, torch) for name, arm in pytorch.FORMS.items()}
     measured = measure_all(config, arms, console)
@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     tell(f'wrote {config.out / "benchmark.csv"} and benchmark.png')
 
 
-def measure_all(config: Config, arms: Mapping[str, turns.Arm], console: Console) -> list[dict[str, Any]]:
+def measure_all(config: Config, arms: Mapping[str, turns.Maker], console: Console) -> list[dict[str, Any]]:
     """Measures each arm on each problem that it can solve, and returns a row for each."""
     problems = [Problem(b, c, config.feature_dim) for b in config.batch_sizes for c in config.classes]
     rows = []

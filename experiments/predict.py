@@ -112,7 +112,7 @@ def _images(config: Config, image_shape: list[int]) -> tuple[list[str], Split]:
         paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
         if not paths:
             raise DataError(f'{folder} holds no *.png, *.jpg or *.jpeg')
-        images = np.stack([_read(path, (height, width, channels)) for path in paths])
+        images = np.stack([_read_image(path, (height, width, channels)) for path in paths])
         return [str(path.relative_to(folder)) for path in paths], _unlabelled(images)
     dataset, colon, part = config.images.rpartition(':')
     if not colon or part not in ('train', 'test'):
@@ -130,7 +130,7 @@ def _unlabelled(images: np.ndarray) -> Split:
     return Split(images, np.full(len(images), -1, np.int32))
 
 
-def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+def _read_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     try:
         image, _ = open_image(path)
     except Exception as error:  # Pillow raises some ten types for files that it cannot read

@@ -14,7 +14,7 @@ from experiments.train.loop import train_epoch
 from experiments.train.model import Classifier
 from experiments.train.step import create_state, train_step
 
-BATCH_SIZE, FEATURE_DIM, LEARNING_RATE = 32, 2, 3e-3
+TOY_BATCH_SIZE, FEATURE_DIM, LEARNING_RATE = 32, 2, 3e-3
 
 
 def measure_toy(rounds: int, torch: Any | None) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def measure_toy(rounds: int, torch: Any | None) -> list[dict[str, Any]]:
         A row for each arm.
     """
     data, devices = load('digits'), choose('none')
-    batches = train_batches(data.train, BATCH_SIZE, seed=0)
+    batches = train_batches(data.train, TOY_BATCH_SIZE, seed=0)
     images, labels = next(batches)
     model = Classifier('small', FEATURE_DIM, data.num_classes)
     state = create_state(model, data.image_shape, 0, LEARNING_RATE, ALPHA, devices)
@@ -47,10 +47,10 @@ def measure_toy(rounds: int, torch: Any | None) -> list[dict[str, Any]]:
     if torch:
         arms['torch'] = pytorch.toy_step(torch, images, labels, data.num_classes, LEARNING_RATE)
     timings = {name: Timing.of(measure(arm.steps, rounds, arm.wait)) for name, arm in arms.items()}
-    seconds, epoch_steps = [], steps_of(data.train, BATCH_SIZE)
+    seconds, epoch_steps = [], steps_of(data.train, TOY_BATCH_SIZE)
     for _ in range(rounds):
         state, metrics = train_epoch(state, step, batches, epoch_steps, weight, devices, lambda *_: None)
         seconds.append(1 / metrics['steps_per_second'])
     timings['training loop'] = Timing.of(seconds)
-    problem = Problem(BATCH_SIZE, data.num_classes, FEATURE_DIM)
+    problem = Problem(TOY_BATCH_SIZE, data.num_classes, FEATURE_DIM)
     return [{'arm': name, **problem._asdict(), **timing.row()} for name, timing in timings.items()]

@@ -15,11 +15,11 @@ SLOW = 2.0  # seconds of a step; a slower arm gets one turn
 # A step reads the features, their centers and the gradient, and writes the gradient and the centers.
 ARRAYS_COPIED = 5
 
-Arm = Callable[[Problem], Implementation | None]
+Maker = Callable[[Problem], Implementation | None]
 
 
 def measure_problem(
-    arms: Mapping[str, Arm],
+    arms: Mapping[str, Maker],
     problem: Problem,
     rounds: int,
     report: Callable[..., None],

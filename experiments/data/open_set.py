@@ -39,7 +39,7 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     train, test = data.train.labels, data.test.labels
     trained = np.isin(classes, train)
     by_split = not trained[test[test >= 0]].any()
-    unknown = np.isin(classes, test) if by_split and not held_out else _named(held_out or str(FRACTION), classes)
+    unknown = np.isin(classes, test) if by_split and not held_out else _parsed(held_out or str(FRACTION), classes)
     known = trained & ~unknown
     for what, some in (('known', known), ('held-out', unknown)):
         if some.sum() < 2:
@@ -74,7 +74,7 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     return OpenSet(dataclasses.replace(known_part, notes=tuple(notes)), Split(images, labels))
 
 
-def _named(held_out: str, classes: np.ndarray) -> np.ndarray:
+def _parsed(held_out: str, classes: np.ndarray) -> np.ndarray:
     """Which of the classes are meant, [C] bool."""
     if re.fullmatch(r'0?\.\d+', held_out):
         return classes >= len(classes) - round(float(held_out) * len(classes))

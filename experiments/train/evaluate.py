@@ -20,7 +20,7 @@ from experiments.train.metrics import Roc, unknown_auroc, verify
 from experiments.train.snapshots import Snapshot
 from experiments.train.thresholds import reach_of
 
-BATCH_SIZE = 512
+EVAL_BATCH_SIZE = 512
 
 # A picture needs no more points than these, however large the set is.
 PICTURED_EXAMPLES = 4000
@@ -70,7 +70,7 @@ def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> E
 def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features, logits and labels of a whole split."""
     parts = []
-    batch_size = devices.rounded_up(BATCH_SIZE)
+    batch_size = devices.rounded_up(EVAL_BATCH_SIZE)
     for batch in eval_batches(split, batch_size, jax.process_index(), jax.process_count()):
         images, labels = devices.spread(batch)
         parts.append((*_predict(state.params['params'], images, state.apply_fn), labels))
