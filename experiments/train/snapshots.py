@@ -1,4 +1,4 @@
-"""What the pictures show of each epoch, kept in a file an epoch, so that a run that was stopped has its whole film."""
+"""The data of the figures after each epoch, in one file per epoch, so that a resumed run can draw all epochs."""
 
 import dataclasses
 import zipfile
@@ -12,7 +12,7 @@ from experiments.launch.run_folder import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What one arm looks like after one epoch: N examples, D feature dimensions, C classes."""
+    """One arm after one epoch: N train and M test examples, D feature dimensions, C classes."""
 
     epoch: int
     train_features: np.ndarray  # [N, D]
@@ -20,21 +20,21 @@ class Snapshot:
     test_features: np.ndarray  # [M, D]
     test_labels: np.ndarray  # [M]
     centers: np.ndarray  # [C, D]
-    test_accuracy: float  # in [0, 1], as the next
-    nearest_center_accuracy: float
-    intra_inter_ratio: float  # of the test set; not a number where the features have collapsed
+    test_accuracy: float  # in [0, 1]
+    nearest_center_accuracy: float  # in [0, 1], of the test set
+    intra_inter_ratio: float  # of the test set; NaN if all features are equal
     collapsed: bool
 
 
 class History:
-    """The snapshots of one arm, epoch 0 (before training) first, and their files `ARM-EPOCH.npz` in a folder."""
+    """The snapshots of one arm from epoch 0 (before training) on, with a file `ARM-EPOCH.npz` for each."""
 
     def __init__(self, folder: Path, arm: str):
         self._folder, self._arm = folder, arm
         self.snapshots: list[Snapshot] = []
 
     def add(self, snapshot: Snapshot) -> None:
-        """Keeps the snapshot of the epoch that comes next; the earlier ones of a resumed arm are read."""
+        """Adds the snapshot of the next epoch, after it has read the earlier ones of a resumed arm."""
         self.read(snapshot.epoch - 1)
         self.snapshots.append(snapshot)
         if processes.first():
@@ -42,10 +42,10 @@ class History:
             save_snapshot(self._path(snapshot.epoch), snapshot)
 
     def read(self, epoch: int) -> None:
-        """Reads the snapshots up to an epoch that are not here yet."""
+        """Reads the missing snapshots up to an epoch."""
         for path in map(self._path, range(len(self.snapshots), epoch + 1)):
             if not path.exists():
-                raise RunError(f'{path} is missing, so the run cannot go on; pass --overwrite to start it anew')
+                raise RunError(f'{path} is missing, so the run cannot continue; pass --overwrite to start again')
             self.snapshots.append(load_snapshot(path))
 
     def _path(self, epoch: int) -> Path:
@@ -62,4 +62,4 @@ def load_snapshot(path: Path) -> Snapshot:
             values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
         return Snapshot(**values)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f'{path} is damaged ({error}); pass --overwrite to start the run anew') from error
+        raise RunError(f'{path} is damaged ({error}); pass --overwrite to start the run again') from error
