@@ -22,7 +22,16 @@ from experiments.data.load import Dataset, load
 from experiments.launch import processes
 from experiments.launch.flags import Settings
 from experiments.launch.mesh import Devices
-from experiments.launch.run_folder import CHECKPOINTS, PROFILE, TENSORBOARD, Run, RunError, environment, in_a_line
+from experiments.launch.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    PROFILE,
+    TENSORBOARD,
+    Run,
+    RunError,
+    environment,
+    in_a_line,
+)
 from experiments.launch.stopping import Stop
 from experiments.train.checkpoint import RECIPE, Checkpoints, newest
 from experiments.train.logging import Progress, Scalars, traced
@@ -76,6 +85,7 @@ class Job:
         self.steps = steps_of(data.train, self.settings.batch_size)
         facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}
         if self.run.resumed:
+            self._check_columns()
             self._check_centers()
             self.run.check({**self.settings.decisive(), **facts})
             if newest(self.run.out / CHECKPOINTS) > self.settings.epochs * self.steps:
@@ -83,6 +93,17 @@ class Job:
                 raise RunError(f'--epochs is {epochs}, but the run in {out} has more epochs already')
         self.settings.check_data(len(data.train), data.image_shape)
         self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings})
+
+    def _check_columns(self) -> None:
+        """Raises RunError if metrics.csv of the resumed run lacks a column that this version writes."""
+        path = self.run.out / METRICS
+        rows = self.run.metrics() if path.exists() else []
+        missing = [name for name in Metrics._fields if rows and name not in rows[0]]
+        if missing:
+            raise RunError(
+                f'{path} has no column {missing[0]}, because another version wrote it, and the run cannot continue; '
+                'name another --out, or pass --overwrite to start again'
+            )
 
     def _check_centers(self) -> None:
         """Raises RunError if the resumed run has another network, or centers of another shape."""

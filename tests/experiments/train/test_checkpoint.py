@@ -33,7 +33,7 @@ from experiments.train.logging import Progress
 from experiments.train.loop import train_epoch
 from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot
-from experiments.train.step import Tally, create_state, train_step
+from experiments.train.step import Metrics, Tally, create_state, train_step
 
 ARMS = ('softmax', 'center')
 STEPS = 3  # an epoch of the digits has at this batch size
@@ -190,6 +190,19 @@ def test_a_dataset_of_other_classes_is_one_line_that_names_both_shapes(whole, tm
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert all(word in error for word in ('[10, 2]', '[3, 2]', 'keep_network'))
+
+
+def test_metrics_of_another_version_are_one_line_and_nothing_is_removed(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    *_, column = Metrics._fields
+    (out / 'metrics.csv').write_text((whole / 'metrics.csv').read_text().replace(column, 'an_older_name'))
+    before = {path: path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    assert run(*QUICK, '--epochs', 3, '--out', out, '--resume') == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ('metrics.csv', column, '--out', '--overwrite'))
+    assert {path: path.read_bytes() for path in out.rglob('*') if path.is_file()} == before
 
 
 SPLIT = Split(
