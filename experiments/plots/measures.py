@@ -84,8 +84,8 @@ MEASURES = {
         'Norm of the change of the centers in a step, mean over the steps of an epoch. If it is always 0, the centers '
         'are not updated.',
     ),
-    'rows_left_out': (
-        'rows left out',
+    'rows_dropped': (
+        'rows dropped',
         'Examples that moved no center, because a feature was not finite or the label was too large.',
     ),
 }

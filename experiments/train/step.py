@@ -53,7 +53,7 @@ class Metrics(NamedTuple):
     train_accuracy: Any
     gradient_norm: Any
     center_step_norm: Any
-    rows_left_out: Any  # since the start
+    rows_dropped: Any  # since the start
 
 
 def train_step(
@@ -95,7 +95,7 @@ def train_step(
     state = state.apply_gradients(grads={'params': grads, 'centers': {'center': {'centers': rows}}})
     opt_state: Any = state.opt_state
     centers = opt_state.inner_states['centers'].inner_state
-    metrics = Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.left_out)
+    metrics = Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.dropped)
     return state, jnp.stack([value.astype(jnp.float32) for value in metrics])
 
 
@@ -106,18 +106,18 @@ class Tally(NamedTuple):
     seconds: float = 0.0
     examples: int = 0
     sums: Sequence[float] = (0.0,) * len(Metrics._fields)  # sums of each metric times the number of examples
-    left_out: int = 0
+    dropped: int = 0
 
     def add(self, counts: Sequence[int], metrics: Sequence[np.ndarray], seconds: float) -> 'Tally':
         """Adds steps one at a time, so that the sums do not depend on when a run was interrupted."""
         sums = np.array(self.sums, np.float64)
         for count, values in zip(counts, metrics, strict=True):
             sums += count * values.astype(np.float64)
-        left_out = int(metrics[-1][Metrics._fields.index('rows_left_out')])
+        dropped = int(metrics[-1][Metrics._fields.index('rows_dropped')])
         examples = self.examples + sum(counts)
-        return Tally(self.steps + len(counts), self.seconds + seconds, examples, sums.tolist(), left_out)
+        return Tally(self.steps + len(counts), self.seconds + seconds, examples, sums.tolist(), dropped)
 
     def row(self) -> dict[str, float]:
-        """Returns the row of metrics: means over the examples, and the number of rows left out since the start."""
-        means = Metrics(*(value / self.examples for value in self.sums))._replace(rows_left_out=self.left_out)
+        """Returns the row of metrics: means over the examples, and the number of rows dropped since the start."""
+        means = Metrics(*(value / self.examples for value in self.sums))._replace(rows_dropped=self.dropped)
         return {**means._asdict(), 'epoch_seconds': self.seconds, 'steps_per_second': self.steps / self.seconds}

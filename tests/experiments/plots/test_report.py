@@ -39,7 +39,7 @@ def write(tmp_path):
         for name in ('config.json', 'metrics.csv', 'summary.json'):
             (tmp_path / name).write_text('')
         metrics = [
-            row(e, arm, softmax_loss=2 / e, center_loss=e * 1.5, rows_left_out=0, epoch_seconds=0.5)
+            row(e, arm, softmax_loss=2 / e, center_loss=e * 1.5, rows_dropped=0, epoch_seconds=0.5)
             for e in range(1, 31)
             for arm in ('softmax', 'center')
         ]

@@ -132,7 +132,7 @@ def test_a_run_that_is_given_more_epochs_ends_as_if_it_had_had_them_at_once(whol
 
 MEASURES = {
     *('softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy', 'intra_inter_ratio'),
-    *('gradient_norm', 'center_step_norm', 'rows_left_out'),
+    *('gradient_norm', 'center_step_norm', 'rows_dropped'),
 }
 
 
