@@ -1,1 +1,1 @@
-"""What a reader runs from a checkout: training, figures and the numbers that README shows."""
+"""Programs that train, evaluate and measure, and the packages that they share. They run from a checkout."""

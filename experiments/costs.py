@@ -1,7 +1,7 @@
-"""What a center table costs a device: memory, and bytes a step. The model is a few products, and a table of them.
+"""Predicts the memory and the traffic of a center table on each device, for several meshes.
 
-B examples a step, D features, C classes, numbers of s bytes; n devices, of which k share the rows of the table. Every
-device has B/n of the examples, and every group of k devices the whole table.
+A step has B examples, D features, C classes and numbers of s bytes. Each of n devices has B/n of the examples. Each
+group of k devices has the whole table, with C/k rows on each device.
 """
 
 import dataclasses
@@ -19,25 +19,25 @@ GIB, MIB = 2**30, 2**20
 
 
 class Costs(NamedTuple):
-    """Bytes, for each device."""
+    """Bytes on each device."""
 
-    table: float  # s D C/k: its part of the table, which the step updates in place
-    dense: float  # 4 times that: the same table with a dense gradient and the two moments of Adam
-    temporaries: float  # 2 s B D at most, whatever C is
-    traffic: float  # a step's reads and writes of its memory, caches and temporaries left aside
-    network: float  # what it receives in a step
+    table: float  # s D C/k: the shard of the table, which the step updates in place
+    dense: float  # 4 s D C/k: table, dense gradient and the two moments of Adam
+    temporaries: float  # at most 2 s B D, for any C
+    traffic: float  # memory reads and writes of a step, without caches and temporaries
+    network: float  # bytes received in a step
 
 
 def step_costs(
     num_classes: int, num_features: int, batch_size: int, *, data: int = 1, classes: int = 1, itemsize: int = 4
 ) -> Costs:
-    """The costs of one step of loss, gradient for the features and Eq. 4, on a mesh (data, classes) of devices.
+    """Returns the costs of one step of loss, gradient for the features and Eq. 4, on a mesh (data, classes).
 
-    Traffic: a device reads its features and writes their gradient (2 B/n rows of D), reads the centers of the examples
-    that its group looks up in its part (B/n), and adds to those that moved there (2 B/k); so 5 B rows on one device. On
-    more than one it also writes and reads the rows of the whole batch (2 B).
+    Traffic: a device reads its features and writes their gradient (2 B/n rows of D). It reads the centers that its
+    group gathers from its shard (B/n), and adds to the centers that move (2 B/k). On one device these are 5 B rows.
+    Several devices also write and read the rows of the whole batch (2 B).
 
-    Network, with ring collectives: an all-reduce of the group's looked-up centers, 2 (k-1)/k of B k/n rows, and an
+    Network, with ring collectives: an all-reduce of the gathered centers of a group, 2 (k-1)/k of B k/n rows, and an
     all-gather of the rows of the whole batch, (n-1)/n of B.
     """
     n, k = data * classes, classes
@@ -51,14 +51,14 @@ def step_costs(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The job, and the meshes that it is to be compared on."""
+    """The size of a step, and the meshes to compare."""
 
     num_classes: int = 10_000_000
     """number of classes C"""
     num_features: int = 512
     """number of features D"""
     batch_size: int = 16_384
-    """examples in a step, over all devices together"""
+    """examples per step, over all devices"""
     itemsize: int = 4
     """bytes of a number in the table: 4 for float32, 2 for bfloat16"""
     meshes: tuple[str, ...] = ('data=1', 'classes=8', 'classes=64', 'data=8,classes=8', 'data=64')
@@ -75,11 +75,11 @@ class Config:
 def main(config: Config) -> None:
     numbers = ('table GiB', 'dense GiB', 'temporary MiB', 'traffic MiB', 'network MiB')
     table = Table(Column('mesh', no_wrap=True), *(Column(name, justify='right') for name in numbers))
-    job = config.num_classes, config.num_features, config.batch_size
+    sizes = config.num_classes, config.num_features, config.batch_size
     for mesh in config.meshes:
-        costs = step_costs(*job, **mesh_sizes(mesh), itemsize=config.itemsize)
-        shown = [costs.table / GIB, costs.dense / GIB, *(each / MIB for each in costs[2:])]
-        table.add_row(mesh, *(f'{each:.1f}' if each < 10 else f'{each:.0f}' for each in shown))
+        costs = step_costs(*sizes, **mesh_sizes(mesh), itemsize=config.itemsize)
+        values = [costs.table / GIB, costs.dense / GIB, *(value / MIB for value in costs[2:])]
+        table.add_row(mesh, *(f'{value:.1f}' if value < 10 else f'{value:.0f}' for value in values))
     Console().print(table)
 
 

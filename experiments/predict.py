@@ -1,7 +1,7 @@
-"""Labels images by a trained run: the class of the nearest center, its distance, and `unknown` where that is too far.
+"""Labels images with a trained network: the class of the nearest center, or `unknown` if the distance is too large.
 
-Too far is what lies beyond 95 % of the test examples of known classes, as the run stored it. Writes predictions.csv and
-a contact sheet, predictions.png.
+The threshold is the distance within which 95 % of the test examples of known classes lie. The run has stored it.
+predictions.csv and a contact sheet, predictions.png, are written to --out.
 """
 
 import dataclasses
@@ -36,30 +36,30 @@ _TABLE, _PICTURE = 'predictions.csv', 'predictions.png'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DeviceFlags):
-    """What is labelled by what."""
+    """Images, the network that labels them, and where the predictions go."""
 
     images: str
-    """a folder of PNG or JPEG files, at any depth; or a split of a dataset, such as digits:test"""
+    """folder of PNG or JPEG files, at any depth, or split of a dataset, such as digits:test"""
     run: Path = Path('runs/toy2d')
     """the --out of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
-    """which of its networks, such as softmax or center-3; by default the first one with center loss"""
+    """network of the run, such as softmax or center-3; by default the first one with center loss"""
     data_dir: Path | None = None
-    """where prepared sets are and go; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
+    """folder of prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     out: Path | None = None
-    """folder for what is written; by default predictions in the folder of the run, where earlier ones are replaced"""
+    """folder for the predictions; by default predictions in the folder of the run, which replaces earlier ones"""
     overwrite: bool = simple_parsing.field(default=False, action='store_true')
-    """replace the predictions that --out holds"""
+    """replace the predictions in --out"""
     parallel: Literal['auto', 'none'] = 'auto'
-    """devices that share the images: auto is all of them, none the first alone"""
+    """devices that share the images: auto is all of them, none the first one"""
 
 
 def main(config: Config) -> None:
     console = Console(quiet=not processes.first())
-    class_names, reach = read_known(config.run)
-    arm = config.arm or next((arm for arm in reach if arm.startswith('center')), '')
-    if arm not in reach:
-        raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(reach)}')
+    class_names, thresholds = read_known(config.run)
+    arm = config.arm or next((arm for arm in thresholds if arm.startswith('center')), '')
+    if arm not in thresholds:
+        raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(thresholds)}')
     settings = read_config(config.run, 'image_shape', 'num_classes')
     out = _folder(config)
     names, split = _images(config, settings['image_shape'], console.print)
@@ -69,23 +69,27 @@ def main(config: Config) -> None:
     if not processes.first():
         return
     classes, distances = nearest(state, features)
-    unknown = ~(distances <= reach[arm])
-    found = [UNKNOWN if far else class_names[own] for own, far in zip(classes, unknown, strict=True)]
+    unknown = ~(distances <= thresholds[arm])  # a NaN is unknown too
     rows = [
-        {'image': name, 'label': label, 'nearest': class_names[own], 'distance': float(distance)}
-        for name, label, own, distance in zip(names, found, classes, distances, strict=True)
+        {
+            'image': name,
+            'label': UNKNOWN if far else class_names[index],
+            'nearest': class_names[index],
+            'distance': float(distance),
+        }
+        for name, index, distance, far in zip(names, classes, distances, unknown, strict=True)
     ]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / _TABLE, rows)
     captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
-    title = f'{config.images}: nearest center and distance, unknown beyond {reach[arm]:.3g}'
+    title = f'{config.images}: nearest center and distance, unknown beyond {thresholds[arm]:.3g}'
     draw_contact_sheet(out / _PICTURE, split.images, captions, unknown, title=title)
-    text = f'{len(rows)} images, {unknown.sum()} of them unknown; {out / "predictions.png"} shows them'
+    text = f'{len(rows)} images, {unknown.sum()} of them unknown; wrote {out / _PICTURE}'
     console.print(text, highlight=False, soft_wrap=True)
 
 
 def _folder(config: Config) -> Path:
-    """Where the predictions go. In a folder of the user's own choice nothing is replaced unasked."""
+    """Returns the folder for the predictions. In a folder that --out names, only --overwrite replaces earlier ones."""
     out = config.out or config.run / 'predictions'
     if processes.first():
         check_folder(out)
@@ -96,7 +100,7 @@ def _folder(config: Config) -> Path:
 
 
 def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
-    """The state of a run's arm as far as it is needed to label images: no optimizer is read."""
+    """Restores the parameters and centers of an arm, without the state of the optimizer."""
     saved = saved_params(folder, arm)
     model = Classifier(settings['model'], settings['feature_dim'], settings['num_classes'])
     state = create_state(model, tuple(settings['image_shape']), 0, 1.0, 0.0, choose('none'))
@@ -104,9 +108,9 @@ def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
 
 
 def _images(config: Config, image_shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:
-    """Names and pixels of all images, in the shape that the network was trained on; their labels are not asked for."""
+    """Returns the names of all images, and their pixels in the shape of the network's input, without labels."""
     if not config.images:
-        raise DataError("--images is '', which names nothing; for those of the current directory give .")
+        raise DataError('--images is empty; for the current directory pass .')
     height, width, channels = image_shape
     folder = Path(config.images).expanduser()
     if folder.is_dir():
@@ -115,28 +119,28 @@ def _images(config: Config, image_shape: list[int], tell: Callable[[str], None])
             raise DataError(f'{shown(folder)} holds no *.png, *.jpg or *.jpeg')
         for note in notes_on(folder, others, '*.png|jpg|jpeg'):
             tell(note)
-        images = np.stack([_read(path, (height, width, channels)) for path in paths])
+        images = np.stack([_read_image(path, (height, width, channels)) for path in paths])
         return [shown(path.relative_to(folder)) for path in paths], _unlabelled(images)
     dataset, colon, part = config.images.rpartition(':')
     if not colon or part not in ('train', 'test'):
-        raise DataError(f'--images must be a folder, or a dataset with :train or :test behind it, got {config.images}')
+        raise DataError(f'--images must be a folder, or a dataset followed by :train or :test, got {config.images}')
     data = load(dataset, config.data_dir, width if width == height else 0)
     if list(data.image_shape) != image_shape:
         raise RunError(
             f'images of {dataset} are {list(data.image_shape)}, but {config.run} was trained on {image_shape}'
         )
     split = getattr(data, part)
-    return [f'{config.images}:{place}' for place in range(len(split))], _unlabelled(split.take(range(len(split)))[0])
+    return [f'{config.images}:{index}' for index in range(len(split))], _unlabelled(split.take(range(len(split)))[0])
 
 
 def _unlabelled(images: np.ndarray) -> Split:
     return Split(images, np.full(len(images), -1, np.int32))
 
 
-def _read(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+def _read_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     try:
         image, _, _ = open_image(path)
-    except Exception as error:  # Pillow raises some ten types for files that it cannot read
+    except Exception as error:  # Pillow has about ten types of errors
         raise DataError(f'{shown(path)} cannot be read; repair or remove it: {error}') from error
     return pixels(image, image_shape)
 

@@ -1,9 +1,9 @@
-"""The weight of the center loss by the step of the centers by seeds, in the manner of the paper's Fig. 3 and Fig. 5.
+"""Sweeps the weight of the center loss, the step size of the centers and the seed, as in the paper's Fig. 3 and Fig. 5.
 
-Trains a network for each cell on some classes of a dataset, and asks what it is worth on these and on the held-out
-ones. Cells run side by side, a process to a CPU core, or one after the other on the devices that are asked for. Writes
-config.json, sweep.csv, summary.json, accuracy.png (Fig. 5), weights.png (Fig. 3, in two dimensions) and report.html to
---out. A sweep that was stopped goes on with --resume, and does no cell twice.
+Each cell of the grid trains one network on some classes and evaluates it on these and on the held-out classes. Cells
+run in parallel, one process per CPU core, or one after the other on the devices that the flags select. config.json,
+sweep.csv, summary.json, accuracy.png (Fig. 5), weights.png (Fig. 3, in two dimensions) and report.html are written to
+--out. After an interruption, --resume runs the missing cells.
 """
 
 import dataclasses
@@ -35,9 +35,10 @@ from experiments.train.snapshots import load_snapshot
 
 _TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
 
-# Of both settings, one is shown while the other varies.
+# Pictures of several weights use the alpha that is closest to this one.
 DEFAULT_ALPHA = 0.5
 
+# Measures in accuracy.png, with their labels.
 DRAWN = {
     'verification_accuracy': 'verification accuracy',
     'unknown_auroc': 'AUROC of unknown classes',
@@ -47,7 +48,7 @@ DRAWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(Common, DeviceFlags):
-    """Settings of a sweep. They are saved with it."""
+    """Settings of a sweep, saved in its config.json."""
 
     PROGRAM: ClassVar[str] = 'experiments.sweep'
     FREE: ClassVar[tuple[str, ...]] = (
@@ -64,28 +65,28 @@ class Config(Common, DeviceFlags):
     )
 
     out: Path = Path('runs/sweep')
-    """folder that the sweep is written to"""
+    """folder of the sweep"""
     feature_dim: int = 64
-    """number of feature dimensions; weights.png has 2 in any case"""
+    """number of feature dimensions; weights.png always has 2"""
     seed: int = 0
-    """the first of the seeds that the initialization and the order of the examples are drawn from"""
+    """first seed of the initialization and of the order of the examples"""
     seeds: int = 5
     """number of seeds for each cell"""
     weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    """weights lambda of the center loss; softmax alone is trained too"""
+    """weights lambda of the center loss; softmax alone is always trained too"""
     alphas: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0)
-    """steps alpha of the centers"""
+    """step sizes alpha of the centers"""
     held_out: str = ''
-    """classes to verify, as experiments.verification takes them"""
+    """classes to hold out, as for experiments.verification"""
     similarity: Literal['cosine', 'euclidean'] = 'cosine'
-    """of a pair: the cosine, as in the paper, or the Euclidean distance"""
+    """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
     workers: int = 0
-    """processes, each on a CPU core; 0 is one for each core"""
+    """number of processes, each on a CPU core; 0 is one per core"""
     parallel: Literal['auto', 'pmap', 'none'] = 'auto'
-    """auto is a process to a CPU core, each with cells of its own, or, with --mesh or several processes, a cell at a
-    time on all of their devices; pmap a cell at a time on all devices by jax.pmap, none on the first alone"""
+    """auto runs one cell per CPU core at a time, or, with --mesh or several processes, one cell at a time on all
+    devices; pmap runs one cell at a time on all devices by jax.pmap, none on the first device"""
     resume: bool = simple_parsing.field(default=False, action='store_true')
-    """go on with the sweep that --out holds, or start it; --weights, --alphas and --seeds may be others"""
+    """continue the sweep in --out, or start it; --weights, --alphas and --seeds may change"""
 
     def __post_init__(self):
         Common.__post_init__(self)
@@ -103,11 +104,11 @@ class Config(Common, DeviceFlags):
         if self.workers < 0:
             raise ValueError(f'--workers must be 0 or more, got {self.workers}')
         if self.workers and not self.on_cores:
-            raise ValueError('--workers are processes on CPU cores; leave out what names other devices')
+            raise ValueError('--workers are processes on CPU cores; pass no flag that selects other devices')
 
     @property
     def on_cores(self) -> bool:
-        """Whether nothing else is asked for."""
+        """Whether cells run on CPU cores, because no flag selects other devices."""
         return self.parallel == 'auto' and not (self.mesh or self.distributed or self.coordinator)
 
     @property
@@ -116,7 +117,7 @@ class Config(Common, DeviceFlags):
 
 
 def main(config: Config) -> None:
-    if config.on_cores:  # before anything asks for a device: accelerators are left to others
+    if config.on_cores:  # before JAX initializes a backend, so that no accelerator is reserved
         jax.config.update('jax_platforms', 'cpu')
     console = Console(quiet=not processes.first())
     devices = choose('none') if config.on_cores else config.start()
@@ -125,7 +126,7 @@ def main(config: Config) -> None:
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
     wanted = {name: getattr(config, name) for name in ('dataset', 'weights', 'alphas', 'seeds')}
     if run.finished({**config.decisive(), **wanted}, (_TABLE, SUMMARY, ACCURACY, WEIGHTS)):
-        console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
+        console.print(f'the sweep is finished; see {run.out / "report.html"}', highlight=False, soft_wrap=True)
         return
     open_set = load_open_set(config, config.held_out)
     for note in open_set.known.notes:
@@ -148,90 +149,92 @@ def main(config: Config) -> None:
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
     run.write_summary(summary)
     _draw(config, open_set.known, summary, run)
-    console.print(f'{run.out / "report.html"} has the pictures and all numbers', highlight=False, soft_wrap=True)
+    console.print(f'wrote {run.out / "report.html"}', highlight=False, soft_wrap=True)
 
 
 def cells_of(config: Config) -> list[Cell]:
-    """All cells: the grid, softmax alone, and those of the picture in two dimensions, the latter first."""
+    """Returns the cells of weights.png, then those of the grid and of softmax alone."""
     seeds = range(config.seed, config.seed + config.seeds)
-    # The centers of softmax alone follow the features and change nothing: one alpha will do.
+    # At weight 0 the centers do not affect the network, so one alpha is enough.
     pairs = [(0.0, config.shown_alpha), *((weight, alpha) for alpha in config.alphas for weight in config.weights)]
     grid = [Cell(weight, alpha, seed, config.feature_dim) for weight, alpha in pairs for seed in seeds]
-    return list(dict.fromkeys([*pictured(config), *grid]))
+    return list(dict.fromkeys([*two_dimensional(config), *grid]))
 
 
-def pictured(config: Config) -> list[Cell]:
+def two_dimensional(config: Config) -> list[Cell]:
+    """Returns the cells of weights.png."""
     return [Cell(weight, config.shown_alpha, config.seed, 2) for weight in sorted({0.0, *config.weights})]
 
 
 def train_cells(
     config: Config, cells: Sequence[Cell], open_set: OpenSet, folder: Path, devices: Devices, console: Console
 ) -> None:
-    """Trains the cells that are not done yet."""
+    """Trains the cells that have no file yet, or a damaged one."""
     done = processes.largest(*(cell.done(folder) for cell in cells))
-    left = [cell for cell, whole in zip(cells, done, strict=True) if not whole]
-    for damaged in (path for cell in left if (path := cell.path(folder)).exists()):
-        console.print(f'{damaged} is damaged; it is done again', highlight=False, soft_wrap=True)
-    if len(left) < len(cells):
-        console.print(f'{len(cells) - len(left)} of {len(cells)} cells are done already', highlight=False)
+    missing = [cell for cell, is_done in zip(cells, done, strict=True) if not is_done]
+    for damaged in (path for cell in missing if (path := cell.path(folder)).exists()):
+        console.print(f'{damaged} is damaged; its cell runs again', highlight=False, soft_wrap=True)
+    if len(missing) < len(cells):
+        console.print(f'{len(cells) - len(missing)} of {len(cells)} cells are done already', highlight=False)
     task = Task(config, config.held_out, config.similarity, folder)
     available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = max(1, min(config.workers or available, len(left))) if config.on_cores else jax.process_count()
+    workers = max(1, min(config.workers or available, len(missing))) if config.on_cores else jax.process_count()
     on_devices = partial(work_on_devices, open_set=open_set, devices=devices)
     work = partial(work_on_cores, workers=workers) if config.on_cores else on_devices
-    go_on = dataclasses.replace(config, resume=True, overwrite=False).command()
+    resume = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
     progress = Progress(*columns, TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), console=console)
-    with progress as bar, Stop(go_on) as stop:
+    with progress as bar, Stop(resume) as stop:
         shown = bar.add_task(
             '',
             total=len(cells),
-            completed=len(cells) - len(left),
+            completed=len(cells) - len(missing),
             last='1 process' if workers == 1 else f'{workers} processes',
         )
-        for cell in work(task, left, stop=stop):
+        for cell in work(task, missing, stop=stop):
             last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
             bar.update(shown, advance=1, last=last)
 
 
 def summarize(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The interval of each measure for each pair of settings."""
+    """Returns the interval of each measure for each pair of weight and alpha."""
     keys = [key for key, value in rows[0].items() if isinstance(value, float) and key not in Cell._fields]
     groups: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row['center_weight'], row['alpha']), []).append(row)
     return {
-        name(*pair): {**intervals(own, keys), 'collapsed': any(row['collapsed'] for row in own)}
-        for pair, own in groups.items()
+        name(*pair): {**intervals(seeds, keys), 'collapsed': any(row['collapsed'] for row in seeds)}
+        for pair, seeds in groups.items()
     }
 
 
 def name(weight: float, alpha: float) -> str:
+    """Returns the name of a pair in summary.json."""
     return f'weight {weight:g}, alpha {alpha:g}' if weight else 'softmax'
 
 
 def _draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) -> None:
-    """Draws the pictures and writes the page."""
+    """Draws the figures and writes the report."""
     pairs = [(weight, alpha) for weight in config.weights if weight for alpha in config.alphas]
-    measures = {shown: {pair: summary[name(*pair)][measure] for pair in pairs} for measure, shown in DRAWN.items()}
-    softmax = {shown: summary['softmax'][measure] for measure, shown in DRAWN.items()}
-    title = f'{known.name}, {known.num_classes} classes trained on'
-    draw_sweep(run.out / ACCURACY, measures, softmax, config.seeds, title=f'{title}, the others verified')
+    measures = {label: {pair: summary[name(*pair)][measure] for pair in pairs} for measure, label in DRAWN.items()}
+    softmax = {label: summary['softmax'][measure] for measure, label in DRAWN.items()}
+    title = f'{known.name}, {known.num_classes} known classes'
+    draw_sweep(run.out / ACCURACY, measures, softmax, config.seeds, title=f'{title}, the others held out')
     arms = {}
-    for cell in pictured(config):
+    for cell in two_dimensional(config):
         arms[f'weight {cell.center_weight:g}'] = load_snapshot(cell.path(run.out / CELLS).with_suffix('.npz'))
     draw_features(run.out / WEIGHTS, arms, known.class_names, title=f'{title}, alpha {config.shown_alpha:g}')
     columns = {'softmax': summary['softmax']}
     columns |= {f'weight {weight:g}': summary[name(weight, config.shown_alpha)] for weight in config.weights if weight}
     write_report(
         run.out / 'report.html',
-        title=f'Weight of the center loss and step of the centers: {title}',
-        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}; summary.json has those of all alphas.',
+        title=f'Weight of the center loss and step size of the centers: {title}',
+        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}. summary.json has the other alphas too.',
         summary=columns,
         metrics=(),
         pictures={
-            'What the weight and alpha do; the grey band is softmax alone': run.out / ACCURACY,
-            'Features of two dimensions as the weight grows': run.out / WEIGHTS,
+            'Measures against the weight and alpha; the grey band is softmax alone': run.out / ACCURACY,
+            'Two-dimensional features for each weight': run.out / WEIGHTS,
         },
         config=run.config(),
         command=config.command(),

@@ -1,7 +1,7 @@
-"""The paper's toy: the same network with softmax alone and with center loss, and its 2-D features side by side.
+"""Trains a network with softmax alone and with center loss, and draws its 2-D features, as in the paper's Fig. 2.
 
-Trains both arms from one seed, and writes config.json, metrics.csv, summary.json, features.png, features.gif and
-report.html to --out. A run that was stopped or killed goes on with --resume, from its last save.
+Both arms start from one seed. config.json, metrics.csv, summary.json, features.png, features.gif and report.html are
+written to --out. After an interruption, --resume continues the run from its last save.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, sample, snapshot_of
 from experiments.train.loop import Arm, Job
 from experiments.train.snapshots import History, Snapshot
-from experiments.train.thresholds import reach_of, write_known
+from experiments.train.thresholds import threshold_of, write_known
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',
@@ -32,12 +32,12 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Settings of a run. They are saved with it."""
+    """Settings of a run, saved in its config.json."""
 
     PROGRAM: ClassVar[str] = 'experiments.toy2d'
 
     out: Path = Path('runs/toy2d')
-    """folder that the run is written to"""
+    """folder of the run"""
 
 
 def main(config: Config) -> None:
@@ -48,9 +48,9 @@ def main(config: Config) -> None:
     job.start(data)
     arms = (Arm('softmax', 0.0, config.seed), Arm('center', config.center_weight, config.seed))
     histories = {arm.name: History(job.run.out / SNAPSHOTS, arm.name) for arm in arms}
-    reach = {}
+    thresholds = {}
 
-    def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
+    def measure(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
         test = evaluate(state, data.test, job.devices)
         histories[arm.name].add(snapshot_of(epoch, state, test, data.num_classes))
         return test.measures()
@@ -60,21 +60,21 @@ def main(config: Config) -> None:
         history.read(config.epochs, job.tell)
         train, test = (evaluate(state, split, job.devices) for split in (sample(data.train), data.test))
         history.snapshots[config.epochs] = snapshot_of(config.epochs, state, test, data.num_classes, train)
-        reach[arm.name] = reach_of(test.distances)
+        thresholds[arm.name] = threshold_of(test.distances)
         return {**test.measures(), 'collapsed': test.collapsed(data.num_classes), 'train_seconds': job.seconds(arm)}
 
-    summary = job.train(arms, look, finish)
+    summary = job.train(arms, measure, finish)
     job.run.write_summary(summary)
     job.console.print(summary_table(summary))
     if processes.first():
-        write_known(job.run.out, data.class_names, reach)
+        write_known(job.run.out, data.class_names, thresholds)
         _draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
-    job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
+    job.tell(f'wrote {job.run.out / "report.html"}')
 
 
 def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
-    """The results as a terminal shows them."""
-    # A word a line, so that a narrow terminal cuts none.
+    """Returns the results as a table for a terminal."""
+    # One word per line, so that a narrow terminal cuts none.
     rows = Table('arm', *(Column(name.replace(' ', '\n'), justify='right') for name in COLUMNS.values()))
     for arm, values in summary.items():
         shown = [f'{values[key]:.{digits}f}' for key, digits in zip(COLUMNS, (4, 4, 4, 1), strict=True)]
@@ -85,23 +85,23 @@ def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
 def _draw(
     config: Config, data: Dataset, history: dict[str, dict[int, Snapshot]], summary: dict[str, Any], run: Run
 ) -> None:
-    """Draws the pictures and writes the page."""
-    arms = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
+    """Draws the figures and writes the report."""
+    names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     moments = sorted(set.intersection(*(set(snapshots) for snapshots in history.values())))
-    named = {arms[arm]: [snapshots[epoch] for epoch in moments] for arm, snapshots in history.items()}
+    snapshots = {names[arm]: [saved[epoch] for epoch in moments] for arm, saved in history.items()}
     epochs = 'one epoch' if config.epochs == 1 else f'{config.epochs} epochs'
     title = f'{data.name}, {config.model}, {epochs}, seed {config.seed}'
-    picture, film = run.out / 'features.png', run.out / 'features.gif'
-    last = {name: snapshots[-1] for name, snapshots in named.items()}
-    draw_features(picture, last, data.class_names, title=title)
-    animate_features(film, named, data.class_names, title=title)
+    figure, animation = run.out / 'features.png', run.out / 'features.gif'
+    last = {name: epochs[-1] for name, epochs in snapshots.items()}
+    draw_features(figure, last, data.class_names, title=title)
+    animate_features(animation, snapshots, data.class_names, title=title)
     write_report(
         run.out / 'report.html',
         title=f'Softmax and center loss: {title}',
-        lead='The same network from the same seed, trained by softmax alone and with center loss beside it.',
+        lead='One network and one seed, trained with softmax alone and with softmax and center loss.',
         summary=summary,
         metrics=run.metrics(),
-        pictures={'Features of both arms at the end': picture, 'The test set through the epochs': film},
+        pictures={'Features after the last epoch': figure, 'Features of the test set over the epochs': animation},
         config=run.config(),
         command=config.command(),
     )

@@ -1,9 +1,8 @@
-"""The open set: pairs of classes that were never trained on are verified, with softmax alone and with center loss.
+"""Evaluates features on classes that were held out of training, with softmax alone and with center loss.
 
-Trains both arms on some classes of a dataset, from several seeds, and then asks of the held-out classes which pairs are
-alike, and how well the distance to the nearest center tells that their examples belong to no known class. Writes
-config.json, metrics.csv, verification.csv, summary.json, roc.png and report.html to --out. A run that was stopped or
-killed goes on with --resume, from its last save.
+Trains both arms from several seeds, and verifies pairs of held-out examples. Also measures how well the distance to the
+nearest center separates known from unknown classes. config.json, metrics.csv, verification.csv, summary.json, roc.png
+and report.html are written to --out. After an interruption, --resume continues the run from its last save.
 """
 
 import dataclasses
@@ -20,8 +19,9 @@ from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Settings
 from experiments.plots.curves import draw_roc
-from experiments.plots.report import MEASURES, write_report
-from experiments.train.evaluate import evaluate, judge
+from experiments.plots.measures import measure_name
+from experiments.plots.report import write_report
+from experiments.train.evaluate import evaluate, evaluate_open_set
 from experiments.train.loop import Arm, Job
 from experiments.train.metrics import Interval, Roc, intervals
 from experiments.train.thresholds import write_known
@@ -31,23 +31,23 @@ _TABLE, _PICTURE = 'verification.csv', 'roc.png'
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Settings of a run. They are saved with it."""
+    """Settings of a run, saved in its config.json."""
 
     PROGRAM: ClassVar[str] = 'experiments.verification'
 
     out: Path = Path('runs/verification')
-    """folder that the run is written to"""
+    """folder of the run"""
     feature_dim: int = 64
     """number of feature dimensions"""
     seed: int = 0
-    """the first of the seeds that the initialization and the order of the examples are drawn from"""
+    """first seed of the initialization and of the order of the examples"""
     seeds: int = 5
-    """number of seeds, each of which trains both arms"""
+    """number of seeds; both arms are trained from each"""
     held_out: str = ''
-    """classes to verify: numbers such as 7-9 or 0,4-6, or a fraction such as 0.3, the last ones; by default those of
-    the test split if the train split has none of them, or else the last 0.3"""
+    """classes to hold out: numbers such as 7-9 or 0,4-6, or a fraction such as 0.3 for the last classes; by default the
+    classes of the test split if the train split has none of them, or else 0.3"""
     similarity: Literal['cosine', 'euclidean'] = 'cosine'
-    """of a pair: the cosine, as in the paper, or the Euclidean distance"""
+    """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,17 +69,17 @@ def main(config: Config) -> None:
         for name, weight in (('softmax', 0.0), ('center', config.center_weight))
     }
 
-    def look(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
+    def measure(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
         return evaluate(state, open_set.known.test, job.devices).measures()
 
     def finish(arm: Arm, state: TrainState) -> tuple[dict[str, Any], Roc, float]:
-        values, roc, reach = judge(state, open_set, config.similarity, job.devices)
-        return {**values, 'train_seconds': job.seconds(arm)}, roc, reach
+        values, roc, threshold = evaluate_open_set(state, open_set, config.similarity, job.devices)
+        return {**values, 'train_seconds': job.seconds(arm)}, roc, threshold
 
-    results = job.train([arm for _, arm in arms.values()], look, finish)
-    rows, rocs, reach = [], {'softmax': [], 'center': []}, {}
+    results = job.train([arm for _, arm in arms.values()], measure, finish)
+    rows, rocs, thresholds = [], {'softmax': [], 'center': []}, {}
     for full_name, (name, arm) in arms.items():
-        values, roc, reach[full_name] = results[full_name]
+        values, roc, thresholds[full_name] = results[full_name]
         rows.append({'arm': name, 'seed': arm.seed, **values})
         rocs[name].append(roc)
     summary = compare(rows)
@@ -87,38 +87,38 @@ def main(config: Config) -> None:
     job.console.print(interval_table(summary))
     if processes.first():
         write_table(job.run.out / _TABLE, rows)
-        write_known(job.run.out, open_set.known.class_names, reach)
+        write_known(job.run.out, open_set.known.class_names, thresholds)
         _draw(config, job, open_set, rocs, summary)
-    job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')
+    job.tell(f'wrote {job.run.out / "report.html"}')
 
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The interval of each measure for both arms, and for what the center loss adds to the softmax of the same seed."""
+    """Returns the interval of each measure for both arms, and for their difference within a seed."""
     softmax, center = ([row for row in rows if row['arm'] == arm] for arm in ('softmax', 'center'))
     keys = [key for key, value in rows[0].items() if isinstance(value, float)]
-    added = [{key: own[key] - other[key] for key in keys} for own, other in zip(center, softmax, strict=True)]
+    differences = [{key: c[key] - s[key] for key in keys} for c, s in zip(center, softmax, strict=True)]
     summary: dict[str, dict[str, Any]] = {
         'softmax': intervals(softmax, keys),
         'center': intervals(center, keys),
-        'center - softmax': intervals(added, keys),
+        'center - softmax': intervals(differences, keys),
     }
-    for arm, own in (('softmax', softmax), ('center', center)):
-        summary[arm]['collapsed'] = any(row['collapsed'] for row in own)
+    for arm, seeds in (('softmax', softmax), ('center', center)):
+        summary[arm]['collapsed'] = any(row['collapsed'] for row in seeds)
     return summary
 
 
 def interval_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The results as a terminal shows them: mean and half of the 95 % interval."""
-    rows = Table('', *(Column(arm, justify='right') for arm in summary))
+    """Returns a table for a terminal, with the mean and half of the 95 % interval of each measure."""
+    table = Table('', *(Column(arm, justify='right') for arm in summary))
     for key, value in summary['softmax'].items():
         if isinstance(value, Interval):
-            name = MEASURES[key][0] if key in MEASURES else key.replace('_', ' ')
-            rows.add_row(name, *(f'{arm[key].mean:.4f} ± {arm[key].half_width:.4f}' for arm in summary.values()))
-    return rows
+            cells = (f'{arm[key].mean:.4f} ± {arm[key].half_width:.4f}' for arm in summary.values())
+            table.add_row(measure_name(key), *cells)
+    return table
 
 
 def mean_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of metrics, of arms such as `center-3`, as their means over the seeds."""
+    """Averages rows of metrics over the seeds of an arm; arms are named `center-3` and so on."""
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in metrics:
         groups.setdefault((row['arm'].rpartition('-')[0], row['epoch']), []).append(row)
@@ -131,7 +131,7 @@ def mean_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _draw(
     config: Config, job: Job, open_set: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]
 ) -> None:
-    """Draws the curves and writes the page."""
+    """Draws the ROC curves and writes the report."""
     out = job.run.out
     names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     labelled = {f'{names[arm]} (AUC {summary[arm]["auc"].mean:.3f})': curves for arm, curves in rocs.items()}
@@ -140,12 +140,12 @@ def _draw(
     seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
     write_report(
         out / 'report.html',
-        title=f'Verification of classes that were not trained on: {title}',
-        lead=f'Means over {seeds} with their 95 % intervals. The last column is the difference within a seed: '
-        'the center loss changes a measure if its interval leaves out 0.',
+        title=f'Verification of held-out classes: {title}',
+        lead=f'Means over {seeds} with 95 % intervals. The last column is the difference within a seed: '
+        'the center loss changes a measure if this interval excludes 0.',
         summary=summary,
         metrics=mean_rows(job.run.metrics()),
-        pictures={'Which share of like pairs is accepted at which share of unlike ones': out / _PICTURE},
+        pictures={'ROC curve: pairs of one class are accepted rightly, pairs of two classes falsely': out / _PICTURE},
         config=job.run.config(),
         command=config.command(),
     )

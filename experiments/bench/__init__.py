@@ -1,1 +1,1 @@
-"""What the benchmark measures, and how it is timed."""
+"""The implementations that the benchmark measures, and how it times them."""

@@ -1,6 +1,6 @@
-"""What the benchmark measures of this library: one step on one table, in each layout over the devices.
+"""The step of this library on one center table, in each layout of the table over the devices.
 
-A step is the loss, its gradient for the features, and the centers moved by Eq. 4, with the table donated.
+A step computes the loss and its gradient for the features, and moves the centers by Eq. 4. The table is donated.
 """
 
 from functools import partial
@@ -18,8 +18,8 @@ from experiments.data.batches import process_slice
 from experiments.launch.mesh import Devices, choose
 
 
-def step(table, state, x, labels, axis_name=None, mesh=None):
-    """(table, state, loss, gradient for x)."""
+def center_step(table, state, x, labels, axis_name=None, mesh=None):
+    """Returns (table, state, loss, gradient for x) after one step."""
 
     def loss_fn(x):
         loss, rows = clj.center_loss_and_rows(x, table, labels, axis_name=axis_name)
@@ -32,27 +32,27 @@ def step(table, state, x, labels, axis_name=None, mesh=None):
 
 
 def one_device(problem: Problem) -> Implementation:
+    """Runs the step on the default device."""
     table = jnp.ones((problem.num_classes, problem.feature_dim))
     state = clj.center_update().init(table)
-    return _implementation(jax.jit(step, donate_argnums=0), table, state, jax.device_put(problem.batch()))
+    return _compile(jax.jit(center_step, donate_argnums=0), table, state, jax.device_put(problem.batch()))
 
 
 def all_devices(problem: Problem, devices: Devices, rows_over: str | None = None) -> Implementation:
-    """Over the devices as `experiments` lays a batch and a state out; rows of the table over an axis."""
+    """Runs the step on all of `devices`, with the rows of the table sharded over the mesh axis `rows_over`."""
     table = jnp.ones((problem.num_classes, problem.feature_dim))
     state = devices.place_state(clj.center_update().init(table))
     if devices.mesh is not None and rows_over is not None:
         table = clj.shard_centers(table, NamedSharding(devices.mesh, P(rows_over, None)))
     else:
         table = devices.place_state(table)
-    whole = step if devices.mesh is None else partial(step, mesh=devices.mesh)
-    own, _ = process_slice(problem.batch_size, jax.process_index(), jax.process_count())
-    return _implementation(
-        devices.compile(whole), table, state, devices.place_batch(*(array[own] for array in problem.batch()))
-    )
+    step = center_step if devices.mesh is None else partial(center_step, mesh=devices.mesh)
+    block, _ = process_slice(problem.batch_size, jax.process_index(), jax.process_count())
+    batch = devices.place_batch(*(array[block] for array in problem.batch()))
+    return _compile(devices.compile(step), table, state, batch)
 
 
-def _implementation(jitted: Any, table: Any, state: Any, batch: Any) -> Implementation:
+def _compile(jitted: Any, table: Any, state: Any, batch: Any) -> Implementation:
     compiled = jitted.lower(table, state, *batch).compile()
 
     def steps():
@@ -60,7 +60,7 @@ def _implementation(jitted: Any, table: Any, state: Any, batch: Any) -> Implemen
         while True:
             table, state, loss, gradient = jitted(table, state, *batch)
             yield table, loss, gradient
-            del loss, gradient  # or the next step could not have their memory
+            del loss, gradient  # so that the next step can reuse their memory
 
     cost = compiled.cost_analysis() or {}
     return Implementation(
@@ -71,7 +71,7 @@ def _implementation(jitted: Any, table: Any, state: Any, batch: Any) -> Implemen
 
 
 def layouts(devices: Devices, mesh: str | None = None) -> dict[str, Any]:
-    """What can be measured: one device, and these in the layout of `--mesh`, or in each that there is."""
+    """Returns the arms: one device, and the layout that `--mesh` names, or else every layout over the devices."""
     arms: dict[str, Any] = {'centerloss_jax': one_device}
     if mesh is not None:
         rows_over = 'classes' if 'classes' in mesh else None

@@ -1,4 +1,4 @@
-"""What every implementation of the benchmark is given and gives back: the size of a step, and the steps."""
+"""The interface of an implementation: it is given the size of a step, and returns an endless iterator of steps."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,21 +10,21 @@ ALPHA = 0.5
 
 
 class Problem(NamedTuple):
-    """The size of a problem."""
+    """The size of a step."""
 
     batch_size: int
     num_classes: int
     feature_dim: int
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Features and labels, the same for every arm."""
+        """Returns features `[B, D]` and labels `[B]`; each call returns equal arrays."""
         rng = np.random.default_rng(0)
         x = rng.standard_normal((self.batch_size, self.feature_dim), np.float32)
         return x, rng.integers(0, self.num_classes, self.batch_size, np.int32)
 
 
 class Implementation(NamedTuple):
-    """Steps, how to wait for the result of one, and what the compiler says of them, where there is one."""
+    """Steps, a function that waits for the result of a step, and what the compiler reports, if there is one."""
 
     steps: Iterator[Any]
     wait: Callable[[Any], Any] = jax.block_until_ready

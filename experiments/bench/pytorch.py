@@ -1,6 +1,6 @@
-"""The same step as PyTorch users write it, in four forms that they know, and the training step of the toy.
+"""The step of the benchmark in PyTorch, in five forms that its users write, and the training step of the toy.
 
-PyTorch is no dependency: where it is not installed the benchmark names it as missing.
+PyTorch is optional. Without it the benchmark says so and measures the other arms.
 """
 
 import importlib
@@ -12,11 +12,11 @@ import numpy as np
 from experiments.bench.problem import ALPHA, Implementation, Problem
 from experiments.bench.timing import on_cpu
 
-DENSE_LIMIT = 2**31  # bytes of a B x C matrix, of which the dense form needs several
+DENSE_LIMIT = 2**31  # bytes of a B x C matrix; the dense form needs several of them
 
 
 def installed() -> Any | None:
-    """The torch module, or None."""
+    """Returns the torch module, or None if it is not installed."""
     try:
         return importlib.import_module('torch')
     except ImportError:
@@ -24,20 +24,20 @@ def installed() -> Any | None:
 
 
 def _counts(torch: Any, labels: Any) -> Any:
-    """n_j for each example, in O(B log B)."""
-    _, place, count = torch.unique(labels, return_inverse=True, return_counts=True)
-    return count[place]
+    """Returns n_j of the class of each example, in O(B log B)."""
+    _, index, count = torch.unique(labels, return_inverse=True, return_counts=True)
+    return count[index]
 
 
 def _device(torch: Any) -> str:
-    """The kind of device that JAX has too."""
+    """Returns the kind of device that JAX uses."""
     return 'cuda' if torch.cuda.is_available() and not on_cpu() else 'cpu'
 
 
-def _implementation(torch: Any, one: Callable) -> Implementation:
+def _repeat(torch: Any, step: Callable) -> Implementation:
     def steps():
         while True:
-            yield one()
+            yield step()
 
     cuda = _device(torch) == 'cuda'
     return Implementation(steps(), lambda _: torch.cuda.synchronize() if cuda else None)
@@ -49,7 +49,7 @@ def _problem(torch: Any, problem: Problem) -> tuple[Any, Any, Any]:
 
 
 def dense(torch: Any, problem: Problem) -> Implementation | None:
-    """The well-known module: all B x C distances by the expanded square, masked by the labels; SGD for the centers."""
+    """Computes all B x C distances, masked by the labels, with SGD for the centers: the best-known PyTorch module."""
     if problem.batch_size * problem.num_classes * 4 > DENSE_LIMIT:
         return None
     table, x, labels = _problem(torch, problem)
@@ -59,52 +59,52 @@ def dense(torch: Any, problem: Problem) -> Implementation | None:
         products = x.pow(2).sum(1, keepdim=True) + centers.pow(2).sum(1) - 2 * x @ centers.T
         return (products * (labels[:, None] == classes)).clamp(1e-12, 1e12).sum() / len(x)
 
-    return _trained(torch, table, x, loss)
+    return _with_sgd(torch, table, x, loss)
 
 
 def autograd(torch: Any, problem: Problem) -> Implementation:
-    """`centers[labels]` under autograd, and SGD for the centers: a dense gradient."""
+    """Differentiates `centers[labels]`, with SGD for the centers and a dense gradient."""
     table, x, labels = _problem(torch, problem)
-    return _trained(torch, table, x, lambda x, centers: (x - centers[labels]).pow(2).sum(1).mean())
+    return _with_sgd(torch, table, x, lambda x, centers: (x - centers[labels]).pow(2).sum(1).mean())
 
 
 def sparse(torch: Any, problem: Problem) -> Implementation:
-    """`F.embedding(sparse=True)` and SGD: a sparse gradient."""
+    """Uses `F.embedding(sparse=True)`, with SGD for the centers and a sparse gradient."""
     table, x, labels = _problem(torch, problem)
     embed = torch.nn.functional.embedding
-    return _trained(torch, table, x, lambda x, centers: (x - embed(labels, centers, sparse=True)).pow(2).sum(1).mean())
+    return _with_sgd(torch, table, x, lambda x, centers: (x - embed(labels, centers, sparse=True)).pow(2).sum(1).mean())
 
 
-def _trained(torch: Any, table: Any, x: Any, loss: Callable) -> Implementation:
+def _with_sgd(torch: Any, table: Any, x: Any, loss: Callable) -> Implementation:
     centers, x = torch.nn.Parameter(table), x.requires_grad_()
     optimizer = torch.optim.SGD([centers], lr=ALPHA)
 
-    def one():
+    def step():
         x.grad = None
         optimizer.zero_grad(set_to_none=True)
         loss(x, centers).backward()
         optimizer.step()
 
-    return _implementation(torch, one)
+    return _repeat(torch, step)
 
 
-def _by_hand(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
+def _eq_4(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
     difference = x - table[labels]
     table.index_add_(0, labels, (ALPHA / (1 + counts.float()))[:, None] * difference)
     return difference.pow(2).sum(1).mean(), 2 / len(x) * difference
 
 
 def eager(torch: Any, problem: Problem) -> Implementation:
-    """Eq. 4 by hand with `index_add_`."""
+    """Computes Eq. 4 without autograd, by `index_add_`."""
     table, x, labels = _problem(torch, problem)
-    return _implementation(torch, lambda: _by_hand(table, x, labels, _counts(torch, labels)))
+    return _repeat(torch, lambda: _eq_4(table, x, labels, _counts(torch, labels)))
 
 
 def compiled(torch: Any, problem: Problem) -> Implementation:
-    """The same under `torch.compile`, the counts outside: their size is not known when it compiles."""
+    """Computes Eq. 4 under `torch.compile`. The counts stay outside, because the size of `unique` depends on data."""
     table, x, labels = _problem(torch, problem)
-    by_hand = torch.compile(_by_hand)
-    return _implementation(torch, lambda: by_hand(table, x, labels, _counts(torch, labels)))
+    compiled_eq_4 = torch.compile(_eq_4)
+    return _repeat(torch, lambda: compiled_eq_4(table, x, labels, _counts(torch, labels)))
 
 
 FORMS = {
@@ -119,7 +119,7 @@ FORMS = {
 def toy_step(
     torch: Any, images: np.ndarray, labels: np.ndarray, num_classes: int, learning_rate: float
 ) -> Implementation:
-    """A training step of the toy's small network on one batch: Adam for it, SGD for the centers, as people write it."""
+    """Trains the toy's small network on one batch, with Adam for the network and SGD for the centers."""
     layers, channels = [], images.shape[-1]
     for width in (32, 64):
         for _ in range(2):
@@ -135,7 +135,7 @@ def toy_step(
     sgd = torch.optim.SGD([centers], lr=ALPHA)
     x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device)
 
-    def one():
+    def step():
         adam.zero_grad(set_to_none=True)
         sgd.zero_grad(set_to_none=True)
         features = trunk(x.permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -144,4 +144,4 @@ def toy_step(
         adam.step()
         sgd.step()
 
-    return _implementation(torch, one)
+    return _repeat(torch, step)

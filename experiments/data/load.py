@@ -69,7 +69,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
     try:
         data_dir = (data_dir or cache).expanduser().absolute()
-        return _read(*_builder(dataset, data_dir), image_size)
+        return _dataset(*_builder(dataset, data_dir), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}') from error
 
@@ -95,7 +95,7 @@ def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilde
     raise DataError(f'{shown(dataset)} is neither a dataset of tensorflow-datasets nor a folder of images{hint}')
 
 
-def _read(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> Dataset:
+def _dataset(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> Dataset:
     features = builder.info.features
     keys = _keys(name, builder.info)
     height, width, channels = features[keys[0]].shape
@@ -109,7 +109,7 @@ def _read(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> D
         split: builder.as_data_source(split, decoders=encoded, file_format='array_record')
         for split in builder.info.splits
     }
-    class_names, number = _classes(features[keys[1]], sources, keys[1])
+    class_names, number = _class_numbers(features[keys[1]], sources, keys[1])
     facts = builder.info.metadata or {}
     class_names = tuple(facts.get('class_names', class_names))
     splits = {
@@ -144,7 +144,7 @@ def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     )
 
 
-def _classes(feature: Any, sources: dict[str, Any], key: str) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+def _class_numbers(feature: Any, sources: dict[str, Any], key: str) -> tuple[tuple[str, ...], Callable[[Any], int]]:
     """The names of the classes, and the number of a class for what an example has as label."""
     if isinstance(feature, tfds.features.ClassLabel):
         return tuple(feature.names), int

@@ -42,9 +42,10 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     train, test = data.train.labels, data.test.labels
     trained = np.isin(classes, train)
     by_split = not trained[test[test >= 0]].any()
-    unknown = (
-        np.isin(classes, test) if by_split and not held_out else _named(held_out or str(FRACTION), data.class_names)
-    )
+    if by_split and not held_out:
+        unknown = np.isin(classes, test)
+    else:
+        unknown = _parsed(held_out or str(FRACTION), data.class_names)
     known = trained & ~unknown
     for what, chosen in (('known', known), ('held-out', unknown)):
         if chosen.sum() < 2:
@@ -79,7 +80,7 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     return OpenSet(dataclasses.replace(known_part, notes=tuple(notes)), Split(images, labels))
 
 
-def _named(held_out: str, names: Sequence[str]) -> np.ndarray:
+def _parsed(held_out: str, names: Sequence[str]) -> np.ndarray:
     """Which of the classes are meant, [C] bool."""
     chosen = np.zeros(len(names), bool)
     if held_out not in names and re.fullmatch(r'0?\.\d+', held_out):

@@ -22,7 +22,7 @@ from experiments.data.tfds_cache import DataError, find, lock, unfinished
 # How long the first answer to a download may take, in seconds: long enough for a slow proxy, and short enough for the
 # error to be there within 20, of which TensorFlow's import takes up to 8. What has begun to arrive may take as long as
 # it likes. So many connections that break at once, as without a name server, need no such wait.
-PATIENCE = 6.0
+FIRST_ANSWER_SECONDS = 6.0
 BROKEN = 3
 
 
@@ -88,7 +88,7 @@ def _wait(process: subprocess.Popen, data_dir: Path, before: set[Path], log: int
         elif any('.tmp.' in path.name for path in new):
             asked = asked or time.monotonic()
             broken = os.pread(log, 2**16, 0).count(b'connection broken by')  # the process's place in the log stays
-            if broken >= BROKEN or time.monotonic() - asked > PATIENCE:
+            if broken >= BROKEN or time.monotonic() - asked > FIRST_ANSWER_SECONDS:
                 return False
         time.sleep(0.1)
     return True

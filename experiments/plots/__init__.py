@@ -1,1 +1,1 @@
-"""Pictures and the report page."""
+"""Figures of features, curves and step times, and the HTML report of a run."""

@@ -1,4 +1,4 @@
-"""Curves of means over seeds within their 95 % intervals: two arms that differ by less than seeds do must look so."""
+"""Curves of means over seeds with 95 % intervals, so that a difference within the noise of the seeds looks like one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from experiments.launch.atomic_files import save_figure
 from experiments.train.metrics import FARS, Interval, Roc, interval
 
-# Colours that the colour-blind can tell apart, and a line style for each.
+# Colours that colour-blind readers can tell apart, each with a line style.
 STYLES = (
     ('#0072b2', '-'),
     ('#c04f00', '--'),
@@ -22,7 +22,7 @@ STYLES = (
 
 
 def draw_roc(path: Path, arms: Mapping[str, Sequence[Roc]], *, title: str) -> Figure:
-    """Writes a picture of the curves of some arms, each the mean of its seeds; returns the figure."""
+    """Writes the ROC curves of several arms, each as the mean over its seeds, and returns the figure."""
     figure = Figure(figsize=(6.4, 5.6), dpi=140, layout='constrained')
     figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
     axes = figure.subplots()
@@ -49,28 +49,28 @@ def draw_sweep(
     *,
     title: str,
 ) -> Figure:
-    """Writes a picture of some measures against the weight and against alpha; returns the figure.
+    """Writes a figure of measures against the weight and against alpha, and returns it.
 
     Args:
-        path: the PNG file to write.
-        measures: by name, the interval for each (weight, alpha).
-        softmax: by name, the interval of softmax alone, drawn as a band.
-        seeds: how many there were.
-        title: what was swept.
+        path: The PNG file to write.
+        measures: By name, the interval for each (weight, alpha).
+        softmax: By name, the interval of softmax alone, drawn as a band.
+        seeds: The number of seeds.
+        title: What was swept.
     """
     figure = Figure(figsize=(10, 3.1 * len(measures) + 0.8), dpi=120, layout='constrained')
     figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
     grid = figure.subplots(len(measures), 2, squeeze=False, sharey='row', sharex='col')
-    names = ('weight lambda of the center loss', 'step alpha of the centers')
+    labels = ('weight lambda of the center loss', 'step size alpha of the centers')
     for row, (measure, values) in zip(grid, measures.items(), strict=True):
         row[0].set_ylabel(measure)
-        for of, (axes, name) in enumerate(zip(row, names, strict=True)):
-            _lines(axes, values, of)
+        for setting, (axes, label) in enumerate(zip(row, labels, strict=True)):
+            _lines(axes, values, setting)
             reference = softmax[measure]
             axes.axhline(reference.mean, color='0.35', linewidth=1.2, label='softmax alone')
             axes.axhspan(reference.low, reference.high, color='0.5', alpha=0.15, linewidth=0)
             if axes in grid[-1]:
-                axes.set_xlabel(name)
+                axes.set_xlabel(label)
             axes.grid(color='0.92')
     for axes in grid[0]:
         axes.legend(fontsize=8, frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3)
@@ -79,24 +79,27 @@ def draw_sweep(
     return figure
 
 
-def _lines(axes: Axes, values: Mapping[tuple[float, float], Interval], of: int) -> None:
-    """A line for each value of the other setting, moved a little aside so that none hides the bars of another."""
-    others = sorted({setting[1 - of] for setting in values})
-    symbol = ('alpha', 'lambda')[of]
-    for place, other in enumerate(others):
-        color, style = STYLES[place % len(STYLES)]
-        points = sorted((setting[of], value) for setting, value in values.items() if setting[1 - of] == other)
-        aside = 1.06 ** (place - (len(others) - 1) / 2)
-        x = np.array([setting for setting, _ in points]) * aside
+def _lines(axes: Axes, values: Mapping[tuple[float, float], Interval], setting: int) -> None:
+    """Draws the values against setting 0 (weight) or 1 (alpha), with a line for each value of the other setting.
+
+    Lines are shifted along x, so that their error bars do not overlap.
+    """
+    others = sorted({pair[1 - setting] for pair in values})
+    symbol = ('alpha', 'lambda')[setting]
+    for line, other in enumerate(others):
+        color, style = STYLES[line % len(STYLES)]
+        points = sorted((pair[setting], value) for pair, value in values.items() if pair[1 - setting] == other)
+        shift = 1.06 ** (line - (len(others) - 1) / 2)
+        x = np.array([place for place, _ in points]) * shift
         means = [value.mean for _, value in points]
         bars = [value.half_width for _, value in points]
         axes.errorbar(x, means, bars, color=color, linestyle=style, capsize=2, label=f'{symbol} = {other:g}')
-    settings = sorted({setting[of] for setting in values})
-    if min(settings) > 0:
+    ticks = sorted({pair[setting] for pair in values})
+    if min(ticks) > 0:
         axes.set_xscale('log')
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(LogLocator())
-    axes.set_xticks(settings, [f'{setting:g}' for setting in settings])
+    axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
 
 
 def _band(axes: Axes, x: np.ndarray, points: Sequence[Interval], color: str) -> None:
@@ -105,4 +108,4 @@ def _band(axes: Axes, x: np.ndarray, points: Sequence[Interval], color: str) -> 
 
 
 def _caption(seeds: int) -> str:
-    return f'Means of {seeds} seeds and their 95 % intervals.' if seeds > 1 else 'One seed: no interval.'
+    return f'Means over {seeds} seeds with 95 % intervals.' if seeds > 1 else 'One seed: no interval.'

@@ -1,4 +1,4 @@
-"""One arm's train or test set on one pair of axes: its points, class centers and class names."""
+"""The train or test set of one arm on one pair of axes: points, class centers and class names."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ MAX_POINTS = 4000
 MAX_NAMED_CLASSES = 20
 MAX_NAME_LENGTH = 11
 
-# Paul Tol's "muted" scheme, which the colour-blind can tell apart, with its pale grey darkened for points.
+# Paul Tol's "muted" scheme for colour-blind readers, with a darker grey for points.
 PALETTE = (
     *('#CC6677', '#332288', '#DDCC77', '#117733', '#88CCEE'),
     *('#882255', '#44AA99', '#999933', '#AA4499', '#777777'),
@@ -26,7 +26,7 @@ _NO_CLASS = '#DDDDDD'
 
 
 class Panel:
-    """One arm on one pair of axes. Its artists are made once and moved by `show`: frames are cheap."""
+    """A pair of axes for one arm. `show` moves the artists instead of creating new ones, which makes frames cheap."""
 
     def __init__(self, axes: Axes, plane: Plane, window: np.ndarray, class_names: Sequence[str]):
         self.axes, self.plane, self.window = axes, plane, window
@@ -58,25 +58,26 @@ class Panel:
         ]  # fmt: skip
         self.note = axes.text(0.5, 0.08, '', transform=axes.transAxes, fontsize=10, **style)
 
-    def show(self, snapshot: Snapshot, part: str, heading: str) -> None:
-        features, labels = _set_of(snapshot, part)
+    def show(self, snapshot: Snapshot, split: str, heading: str) -> None:
+        """Shows the `train` or `test` split of a snapshot."""
+        features, labels = _split_of(snapshot, split)
         num_classes = len(snapshot.centers)
         finite = np.flatnonzero(np.isfinite(features).all(axis=1))
         drawn = np.random.default_rng(0).permutation(finite)[:MAX_POINTS]
         labels = labels[drawn]
         points = self.plane.points(features[drawn], labels)
-        if self.plane.dimensions == 1:  # points of a class would lie on one line and hide each other
+        if self.plane.dimensions == 1:  # jitter, because the points of a class would hide each other
             points[:, 1] += np.random.default_rng(0).uniform(-0.35, 0.35, len(points))
         centers = self.plane.points(snapshot.centers, np.arange(num_classes))
 
-        size = np.clip(5000 / max(len(points), 1), 4, 12)  # a few points must be seen too
+        size = np.clip(5000 / max(len(points), 1), 4, 12)  # large enough for a few points
         self.points.set(offsets=points, sizes=[size], facecolor=self.colors[labels])
         self.centers.set_offsets(centers)
-        self._name_classes([points[labels == c] for c in range(num_classes)], centers, snapshot.collapsed)
+        self._place_names([points[labels == c] for c in range(num_classes)], centers, snapshot.collapsed)
         self.axes.set_title(heading, fontsize=10, parse_math=False)
         self.note.set_text(_note(snapshot, features))
 
-    def _name_classes(self, clouds: list[np.ndarray], centers: np.ndarray, collapsed: bool) -> None:
+    def _place_names(self, clouds: list[np.ndarray], centers: np.ndarray, collapsed: bool) -> None:
         em = self.label_size / 250 * np.ptp(self.window[0])  # a panel is about 250 points wide
         sizes = np.array([[0.7 * em * len(text.get_text()), em] for text in self.labels])
         clouds = [cloud if len(cloud) else centers[c : c + 1] for c, cloud in enumerate(clouds)]
@@ -85,15 +86,15 @@ class Panel:
             text.set(visible=place is not None and not collapsed, position=(0, 0) if place is None else place)
 
 
-def window_of(plane: Plane, snapshots: Iterable[Snapshot], parts: Sequence[str]) -> np.ndarray:
-    """Limits [[left, right], [bottom, top]] that hold an arm's points and centers at all times; a square."""
+def window_of(plane: Plane, snapshots: Iterable[Snapshot], splits: Sequence[str]) -> np.ndarray:
+    """Returns square limits [[left, right], [bottom, top]] for the points and centers of all snapshots."""
     clouds = []
-    for s in snapshots:
-        clouds.append(plane.points(s.centers, np.arange(len(s.centers))))
-        for part in parts:
-            features, labels = _set_of(s, part)
+    for snapshot in snapshots:
+        clouds.append(plane.points(snapshot.centers, np.arange(len(snapshot.centers))))
+        for split in splits:
+            features, labels = _split_of(snapshot, split)
             clouds.append(plane.points(features, labels))
-    if plane.dimensions <= 2:  # a PCA may have the origin far from all points
+    if plane.dimensions <= 2:  # under a PCA the origin may be far from all points
         clouds.append(plane.origin[None])
     points = np.concatenate(clouds)
     points = points[np.isfinite(points).all(axis=1)]
@@ -106,15 +107,15 @@ def window_of(plane: Plane, snapshots: Iterable[Snapshot], parts: Sequence[str])
     return np.stack([middle - half, middle + half], axis=1)
 
 
-def _set_of(snapshot: Snapshot, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of the train or test set. A label that names no class becomes the class count."""
-    features, labels = getattr(snapshot, f'{part}_features'), getattr(snapshot, f'{part}_labels')
+def _split_of(snapshot: Snapshot, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the features and labels of the `train` or `test` split, with C for each label outside of [0, C)."""
+    features, labels = getattr(snapshot, f'{split}_features'), getattr(snapshot, f'{split}_labels')
     num_classes = len(snapshot.centers)
     return features, np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
 
 
 def _short_names(class_names: Sequence[str]) -> list[str]:
-    """Names that fit into a picture: shortened, or numbers if there are many or two would look the same."""
+    """Returns shortened names, or class numbers if there are many classes or two short names are equal."""
     short = [n if len(n) <= MAX_NAME_LENGTH else n[: MAX_NAME_LENGTH - 1] + '…' for n in class_names]
     if len(short) > MAX_NAMED_CLASSES or len(set(short)) < len(short):
         return [str(c) for c in range(len(short))]
@@ -122,7 +123,7 @@ def _short_names(class_names: Sequence[str]) -> list[str]:
 
 
 def numbers_of(snapshot: Snapshot) -> str:
-    """The test set's measures, for a heading."""
+    """Returns the measures of the test set as text for a heading."""
     ratio = snapshot.intra_inter_ratio
     return (
         f'accuracy {100 * snapshot.test_accuracy:.1f} %, '
@@ -132,8 +133,8 @@ def numbers_of(snapshot: Snapshot) -> str:
 
 
 def _note(snapshot: Snapshot, features: np.ndarray) -> str:
-    notes = ['collapsed: the features\ntell nothing of the class'] if snapshot.collapsed else []
-    for what, rows in (('points', features), ('centers', snapshot.centers)):
-        if wrong := np.sum(~np.isfinite(rows).all(axis=1)):
-            notes.append(f'{wrong} of {len(rows)} {what} are not finite')
+    notes = ['collapsed: the features carry\nno information about the class'] if snapshot.collapsed else []
+    for kind, rows in (('points', features), ('centers', snapshot.centers)):
+        if count := np.sum(~np.isfinite(rows).all(axis=1)):
+            notes.append(f'{count} of {len(rows)} {kind} are not finite')
     return '\n'.join(notes)

@@ -1,8 +1,7 @@
-"""How features of any dimension become points in a picture. Which way was taken is named on the axes.
+"""Maps features of any dimension D to points in a plane, and names the axes after the mapping.
 
-Two dimensions are drawn as they are, one against the class. More than two are never cut to the first two
-columns, which are no better than any other two: they go through one linear projection, a PCA fitted on the
-train features, so that test points and centers lie in the same plane, a center inside its cloud.
+D = 1 is drawn against the class, and D = 2 is drawn directly. For D > 2, a PCA fitted on the train features projects
+train features, test features and centers alike, so that a center lies among the points of its class.
 """
 
 import dataclasses
@@ -14,38 +13,38 @@ from sklearn.decomposition import PCA
 
 @dataclasses.dataclass(frozen=True)
 class Plane:
-    """How features [N, D] and their labels [N] become points [N, 2], and what the two axes are called."""
+    """A mapping of features [N, D] and labels [N] to points [N, 2], with the names of both axes."""
 
     points: Callable[[np.ndarray, np.ndarray], np.ndarray]
     axis_names: tuple[str, str]
-    origin: np.ndarray  # [2], where features of zero lie
+    origin: np.ndarray  # [2], the point of features that are 0
     dimensions: int  # D
 
 
 def plane_of(train_features: np.ndarray) -> Plane:
-    """The plane for features like these [N, D]. Features that are not finite become points that are not."""
+    """Returns the plane for train features [N, D]. A feature that is not finite becomes NaN."""
     dimensions = train_features.shape[1]
     if dimensions == 1:
         return Plane(_against_class, ('feature 1', 'class'), np.zeros(2), dimensions)
     if dimensions == 2:
-        return Plane(_as_they_are, ('feature 1', 'feature 2'), np.zeros(2), dimensions)
+        return Plane(_unchanged, ('feature 1', 'feature 2'), np.zeros(2), dimensions)
 
     finite = train_features[np.isfinite(train_features).all(axis=1)].astype(np.float64)
     if len(finite) < 2:
         return Plane(_nowhere, ('PCA 1', 'PCA 2'), np.zeros(2), dimensions)
-    with np.errstate(invalid='ignore'):  # features that coincide have no variance to share out: 0 / 0
+    with np.errstate(invalid='ignore'):  # equal features have no variance, and its shares are 0 / 0
         pca = PCA(n_components=2).fit(finite)
     mean, components = np.asarray(pca.mean_), np.asarray(pca.components_)
 
     def points(features: np.ndarray, _: np.ndarray) -> np.ndarray:
-        return (_or_nan(features) - mean) @ components.T  # pca.transform would refuse NaN
+        return (_or_nan(features) - mean) @ components.T  # pca.transform raises on NaN
 
     shares = ['no' if np.isnan(s) else f'{100 * s:.0f} % of' for s in pca.explained_variance_ratio_]
     first, second = (f'PCA {i} ({share} variance)' for i, share in enumerate(shares, start=1))
     return Plane(points, (first, second), -components @ mean, dimensions)
 
 
-def _as_they_are(features: np.ndarray, _: np.ndarray) -> np.ndarray:
+def _unchanged(features: np.ndarray, _: np.ndarray) -> np.ndarray:
     return _or_nan(features)
 
 

@@ -1,1 +1,1 @@
-"""The network, its training, its evaluation and its checkpoints."""
+"""The network, its training, evaluation and checkpoints."""

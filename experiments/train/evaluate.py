@@ -1,4 +1,4 @@
-"""What a trained state is worth on a split: its features, both accuracies, the variance ratio, and collapse."""
+"""Evaluates a state on a split: features, both accuracies, the intra/inter ratio, and whether features collapsed."""
 
 import dataclasses
 import math
@@ -18,20 +18,20 @@ from experiments.data.splits import LazySplit, Split
 from experiments.launch.mesh import Devices
 from experiments.train.metrics import Roc, unknown_auroc, verify
 from experiments.train.snapshots import Snapshot
-from experiments.train.thresholds import reach_of
+from experiments.train.thresholds import threshold_of
 
-BATCH_SIZE = 512
+EVAL_BATCH_SIZE = 512
 
-# A picture needs no more points than these, however large the set is.
-PICTURED_EXAMPLES = 4000
+# A figure shows at most this number of examples of a split.
+DRAWN_EXAMPLES = 4000
 
-# The softmax loss of features that tell nothing of the class, as a share of ln C, and their intra/inter ratio.
+# Collapsed features have at least this softmax loss, relative to ln C, and at least this intra/inter ratio.
 COLLAPSED_LOSS, COLLAPSED_RATIO = 0.98, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One split under one state: N examples, D feature dimensions."""
+    """The evaluation of one state on one split of N examples with D feature dimensions."""
 
     features: np.ndarray  # [N, D]
     labels: np.ndarray  # [N]
@@ -39,10 +39,10 @@ class Evaluation:
     accuracy: float  # of the classifier, in [0, 1]
     nearest_center_accuracy: float  # in [0, 1]
     softmax_loss: float  # mean cross-entropy
-    intra_inter_ratio: float  # NaN where all features coincide
+    intra_inter_ratio: float  # NaN if all features are equal
 
     def measures(self) -> dict[str, float]:
-        """What metrics and summaries tell of a test set, by the names that they have there."""
+        """Returns the measures of a test set under their names in metrics.csv and summary.json."""
         return {
             'test_accuracy': self.accuracy,
             'nearest_center_accuracy': self.nearest_center_accuracy,
@@ -50,38 +50,38 @@ class Evaluation:
         }
 
     def collapsed(self, num_classes: int) -> bool:
-        """Whether the features tell nothing of the class. Where all coincide the ratio is not a number."""
+        """Returns whether the features carry no information about the class. The ratio may be NaN."""
         at_chance = not self.softmax_loss < COLLAPSED_LOSS * math.log(num_classes)
         return at_chance and not self.intra_inter_ratio < COLLAPSED_RATIO
 
 
 def centers_of(state: TrainState) -> np.ndarray:
-    """The centers of one copy of a state, [C, D]."""
+    """Returns the centers `[C, D]` of an unreplicated state."""
     return np.asarray(jax.device_get(state.params['centers']['center']['centers']))
 
 
 def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> Evaluation:
-    """Evaluates one copy of a state over a whole split."""
+    """Evaluates an unreplicated state on a whole split."""
     features, logits, labels = embed(state, split, devices)
     distances, values = jax.device_get(_measure(features, logits, labels, centers_of(state)))
     return Evaluation(features, labels, distances, **{name: float(value) for name, value in values.items()})
 
 
 def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features, logits and labels of a whole split."""
-    parts = []
-    batch_size = devices.rounded_up(BATCH_SIZE)
+    """Returns features, logits and labels of a whole split."""
+    outputs = []
+    batch_size = devices.rounded_up(EVAL_BATCH_SIZE)
     for batch in eval_batches(split, batch_size, jax.process_index(), jax.process_count()):
         images, labels = devices.spread(batch)
-        parts.append((*_predict(state.params['params'], images, state.apply_fn), labels))
-    # The last batch is filled up.
-    columns = zip(*devices.gather(parts), strict=True)
+        outputs.append((*_predict(state.params['params'], images, state.apply_fn), labels))
+    # The last batch is padded.
+    columns = zip(*devices.gather(outputs), strict=True)
     features, logits, labels = (np.concatenate(column)[: len(split)] for column in columns)
     return features, logits, labels
 
 
 def nearest(state: TrainState, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The classes of the nearest centers of one copy of a state, and the distances to them."""
+    """Returns the classes `[N]` of the nearest centers of an unreplicated state, and the distances `[N]` to them."""
     classes, squared_distances = jax.device_get(clj.nearest_center(features, centers_of(state)))
     return classes, np.sqrt(squared_distances)
 
@@ -103,28 +103,34 @@ def _measure(features: Array, logits: Array, labels: Array, centers: Array) -> t
 
 
 def sample(split: Split | LazySplit) -> Split:
-    """Examples from all over a split, as many as a picture shows."""
-    return Split(*split.take(np.linspace(0, len(split) - 1, min(PICTURED_EXAMPLES, len(split))).astype(int)))
+    """Returns evenly spaced examples of a split, as many as a figure shows."""
+    return Split(*split.take(np.linspace(0, len(split) - 1, min(DRAWN_EXAMPLES, len(split))).astype(int)))
 
 
 def snapshot_of(
     epoch: int, state: TrainState, test: Evaluation, num_classes: int, train: Evaluation | None = None
 ) -> Snapshot:
-    """What a picture shows of a state; of the train set nothing where it was not evaluated."""
+    """Returns the data of a figure of a state. Without `train`, the snapshot has no train features."""
     return Snapshot(
         epoch=epoch,
         train_features=train.features if train else test.features[:0],
         train_labels=train.labels if train else test.labels[:0],
-        test_features=test.features[:PICTURED_EXAMPLES],
-        test_labels=test.labels[:PICTURED_EXAMPLES],
+        test_features=test.features[:DRAWN_EXAMPLES],
+        test_labels=test.labels[:DRAWN_EXAMPLES],
         centers=centers_of(state),
         **test.measures(),
         collapsed=test.collapsed(num_classes),
     )
 
 
-def judge(state: TrainState, open_set: OpenSet, similarity: str, devices: Devices) -> tuple[dict[str, Any], Roc, float]:
-    """What one copy of a state is worth on known and on held-out classes, its curve, and its reach."""
+def evaluate_open_set(
+    state: TrainState, open_set: OpenSet, similarity: str, devices: Devices
+) -> tuple[dict[str, Any], Roc, float]:
+    """Evaluates an unreplicated state on known and on held-out classes.
+
+    Returns:
+        Measures by name, the ROC of the pairs of held-out examples, and the threshold for unknown classes.
+    """
     test = evaluate(state, open_set.known.test, devices)
     features, _, labels = embed(state, open_set.unknown, devices)
     pairs, roc = verify(features, labels, similarity)
@@ -135,4 +141,4 @@ def judge(state: TrainState, open_set: OpenSet, similarity: str, devices: Device
         'unknown_auroc': unknown_auroc(test.distances, distances),
         'collapsed': test.collapsed(open_set.known.num_classes),
     }
-    return values, roc, reach_of(test.distances)
+    return values, roc, threshold_of(test.distances)

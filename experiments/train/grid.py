@@ -1,8 +1,8 @@
-"""The cells of a sweep: each trains one network and says what it is worth.
+"""The cells of a sweep: each trains and evaluates one network.
 
-Spawned processes work on them side by side, each on a CPU core, or the devices of a mesh one after the other. A cell
-that is done is a file, so that a sweep that was stopped goes on with the others. A process trains many cells with one
-compiled step, since to start JAX and to compile takes longer than a cell of the digits.
+Spawned processes run cells in parallel, each on a CPU core, or all devices run one cell after the other. A finished
+cell is a file, so that a resumed sweep runs only the others. A process runs many cells with one compiled step, because
+to start JAX and compile takes longer than a cell of the digits.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from experiments.launch.flags import Common
 from experiments.launch.mesh import Devices, choose
 from experiments.launch.run_folder import DamagedError, read_json, reading, write_json
 from experiments.launch.stopping import Stop
-from experiments.train.evaluate import evaluate, judge, sample, snapshot_of
+from experiments.train.evaluate import evaluate, evaluate_open_set, sample, snapshot_of
 from experiments.train.loop import train_epoch
 from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot, save_snapshot
@@ -37,6 +37,8 @@ from experiments.train.step import create_state, train_step
 
 
 class Cell(NamedTuple):
+    """The settings in which the cells of a sweep differ."""
+
     center_weight: float
     alpha: float
     seed: int
@@ -47,14 +49,14 @@ class Cell(NamedTuple):
         return folder / f'weight-{weight!r}-alpha-{alpha!r}-seed-{seed}-dim-{feature_dim}.json'
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """The measures of a cell that is done."""
+        """Reads the measures of a finished cell, with NaN for null."""
         path, cure = self.path(folder), 'give the same line again with --resume'
         values = read_json(path, cure)
         with reading(path, cure):
             return {key: float('nan') if value is None else value for key, value in values.items()}
 
     def done(self, folder: Path) -> bool:
-        """Whether the cell is there and whole."""
+        """Returns whether the files of the cell exist and are whole."""
         try:
             self.read(folder)
             if self.feature_dim == 2:
@@ -65,7 +67,7 @@ class Cell(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What all cells of a sweep have in common."""
+    """The settings that all cells of a sweep share."""
 
     settings: Common
     held_out: str
@@ -74,7 +76,7 @@ class Task(NamedTuple):
 
 
 def load_open_set(settings: Common, held_out: str) -> OpenSet:
-    """The dataset of a sweep, known and held-out classes."""
+    """Loads the dataset of a sweep, divided into known and held-out classes."""
     data = load(settings.dataset, settings.data_dir, settings.image_size)
     open_set = divide(data, held_out)
     notes = (data.overview, *data.notes, *open_set.known.notes)
@@ -84,7 +86,11 @@ def load_open_set(settings: Common, held_out: str) -> OpenSet:
 def work_on_devices(
     task: Task, cells: Sequence[Cell], open_set: OpenSet, devices: Devices, stop: Stop
 ) -> Iterator[Cell]:
-    """Trains the cells one after the other and yields each one when it is done; raises Stopped if it was asked to."""
+    """Runs the cells one after the other on all devices, and yields each one when it is done.
+
+    Raises:
+        Stopped: If a signal asked the sweep to stop.
+    """
     trainer = Trainer(task, open_set, devices)
     for cell in cells:
         trainer.train(cell)
@@ -94,8 +100,12 @@ def work_on_devices(
 
 
 def work_on_cores(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -> Iterator[Cell]:
-    """The same by so many processes at once, each on a CPU core."""
-    context = multiprocessing.get_context('spawn')  # JAX has threads, which a fork would lose
+    """Runs the cells in `workers` processes, each on a CPU core, and yields each cell when it is done.
+
+    Raises:
+        Stopped: If a signal asked the sweep to stop.
+    """
+    context = multiprocessing.get_context('spawn')  # a fork would lose the threads of JAX
     cores = context.SimpleQueue()
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [None]
     for number in range(workers):
@@ -120,10 +130,10 @@ _task: Task
 
 
 def _begin(task: Task, cores: Any) -> None:
-    """Prepares a process, on a core of its own: the threads of several would disturb each other."""
+    """Prepares a worker and pins it to one core, so that the threads of workers do not compete."""
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the workers after Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     core = cores.get()
     if core is not None:
@@ -148,33 +158,33 @@ def _train(cell: Cell) -> None:
 
 
 class Trainer:
-    """Trains cells on some devices, all of them with one compiled step."""
+    """Runs cells on some devices with one compiled step."""
 
     def __init__(self, task: Task, open_set: OpenSet, devices: Devices):
         self._task, self._open_set, self._devices = task, open_set, devices
         self._step = devices.compile(train_step)
-        # The same object for all cells of a dimension, so that they share a compiled step.
+        # Cells with one feature dimension share a model object, and so a compiled step.
         self._model = cache(lambda dim: Classifier(task.settings.model, dim, open_set.known.num_classes))
 
     def train(self, cell: Cell) -> None:
-        """Trains a cell and writes its files."""
+        """Trains and evaluates a cell, and writes its files."""
         task, devices, known = self._task, self._devices, self._open_set.known
         settings, model = task.settings, self._model(cell.feature_dim)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
-        own = jax.process_index(), jax.process_count()
-        batches = train_batches(known.train, settings.batch_size, cell.seed, *own)
+        process = jax.process_index(), jax.process_count()
+        batches = train_batches(known.train, settings.batch_size, cell.seed, *process)
         steps = steps_of(known.train, settings.batch_size)
         weight = devices.place_state(np.float32(cell.center_weight))
         for _ in range(settings.epochs):
             state, _ = train_epoch(state, self._step, batches, steps, weight, devices, lambda *_: None)
         one = devices.one(state)
-        values, _, _ = judge(one, self._open_set, task.similarity, devices)
+        values, _, _ = evaluate_open_set(one, self._open_set, task.similarity, devices)
         if cell.feature_dim == 2:
             train, test = (evaluate(one, split, devices) for split in (sample(known.train), known.test))
-            shown = snapshot_of(settings.epochs, one, test, known.num_classes, train)
+            snapshot = snapshot_of(settings.epochs, one, test, known.num_classes, train)
             if processes.first():
-                save_snapshot(cell.path(task.folder).with_suffix('.npz'), shown)
-        if processes.first():  # the file says that the cell is done, so it comes last
-            done = {**cell._asdict(), **values, 'train_seconds': time.perf_counter() - begun}
-            write_json(cell.path(task.folder), done)
+                save_snapshot(cell.path(task.folder).with_suffix('.npz'), snapshot)
+        if processes.first():  # this file marks the cell as done, so it comes last
+            measures = {**cell._asdict(), **values, 'train_seconds': time.perf_counter() - start}
+            write_json(cell.path(task.folder), measures)

@@ -1,7 +1,7 @@
-"""What a run tells while it trains: a progress bar, TensorBoard's event files, and a trace of a few steps.
+"""The output of a run during training: a progress bar, TensorBoard's event files, and a profile of a few steps.
 
-The bar shows loss, accuracy, step rate and the time left; a narrow terminal has no bar. The event files are written
-without TensorFlow. The trace is for TensorBoard's profiler, Perfetto or XProf.
+The progress line has loss, accuracy, steps per second and the remaining time; a narrow terminal shows no bar. The event
+files do not need TensorFlow. The profile can be opened in TensorBoard's profiler, Perfetto or XProf.
 """
 
 import shutil
@@ -18,15 +18,15 @@ from tensorboardX import SummaryWriter
 
 from experiments.train.step import Metrics
 
-# Columns that a line with everything takes.
+# Columns of a terminal that has room for the bar and the center loss.
 WIDE = 90
 
-# The first steps that are traced come behind some that compile and fill caches.
+# Steps before the profile, which compile and fill caches, and steps in it.
 WARM_UP, TRACED = 5, 5
 
 
 class Progress:
-    """A rich progress bar for one arm after the other. Use it in a `with` statement."""
+    """A progress bar for one arm after the other. Use it in a `with` statement."""
 
     def __init__(self, console: Console):
         self._wide = console.width >= WIDE
@@ -50,28 +50,26 @@ class Progress:
         self._task = self._bars.add_task(arm, total=steps, completed=done, numbers='')
 
     def report(self, before: int, done: int, metrics: Metrics, steps_per_second: float) -> None:
-        """Shows that `done` steps of an epoch are done, and `before` it began that many."""
-        loss, right = f'loss {metrics.softmax_loss:.3f}', f'{metrics.train_accuracy:.0%}'
+        """Shows `done` steps of an epoch that began after `before` steps, with the latest metrics."""
+        loss, accuracy = f'loss {metrics.softmax_loss:.3f}', f'acc {metrics.train_accuracy:.0%}'
         if self._wide:
-            loss, right = f'{loss}, center {metrics.center_loss:.3f}', f'accuracy {right}'
-        else:
-            right = f'{right} right'
-        numbers = f'{loss}, {right}, {steps_per_second:.0f} steps/s'
+            loss, accuracy = f'{loss}, center {metrics.center_loss:.3f}', f'accuracy {metrics.train_accuracy:.0%}'
+        numbers = f'{loss}, {accuracy}, {steps_per_second:.0f} steps/s'
         self._bars.update(self._task, completed=before + done, numbers=numbers)
 
 
 class Scalars:
-    """The event files of one arm. They begin with the rows that there are, in place of earlier files."""
+    """The event files of one arm, rewritten with the rows that the run has so far."""
 
     def __init__(self, folder: Path, rows: Iterable[Mapping[str, Any]]):
-        # An event file cannot lose its last entries, which a resumed run repeats: it is written again.
+        # Entries cannot be removed from an event file, and a resumed run repeats some epochs.
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))
         for row in rows:
             self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Writes each number of a row that has an epoch."""
+        """Writes each number of a row at its epoch."""
         for name, value in row.items():
             if name != 'epoch' and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, int(row['epoch']))
@@ -83,13 +81,13 @@ class Scalars:
 
 @contextmanager
 def traced(step: Callable, folder: Path) -> Iterator[Callable]:
-    """A training step whose calls after the warm-up are traced into the folder, a few of them."""
+    """Wraps a training step, and writes a profile of a few calls after the warm-up to the folder."""
     calls = 0
     tracing = False
 
     def stop(result: Any = None) -> None:
         nonlocal tracing
-        jax.block_until_ready(result)  # steps run behind their calls
+        jax.block_until_ready(result)  # JAX dispatches steps asynchronously
         jax.profiler.stop_trace()
         tracing = False
 

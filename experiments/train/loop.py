@@ -1,7 +1,7 @@
-"""A run of several arms, the same network trained in several ways: the one loop behind each of the experiments.
+"""The training loop of all experiments: a run trains one network in several ways, its arms.
 
-An arm is saved on its way, goes on from its last save, and writes a row of metrics an epoch. What is measured after an
-epoch, and what is made of the arm at its end, is the experiment's own.
+An arm is saved during training, continues from its last save, and writes a row of metrics after each epoch. The
+program decides what to measure after an epoch, and what to compute from the final state.
 """
 
 import dataclasses
@@ -45,13 +45,15 @@ Result = TypeVar('Result')
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
+    """One way to train the network of a run."""
+
     name: str
     center_weight: float
     seed: int
 
 
 class Job:
-    """A run from its settings to its trained arms."""
+    """A run, from its settings to its trained arms."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -62,82 +64,96 @@ class Job:
         self.run = Run(settings.out, overwrite=settings.overwrite, resume=settings.resume)
 
     def tell(self, line: str) -> None:
+        """Prints a line on the first process."""
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def finished(self, *names: str) -> bool:
-        """Whether the run is there and whole, with further files of these names; it says so."""
+        """Returns whether the run is complete, with further files of these names, and prints a line if it is."""
         settings = {**self.settings.decisive(), 'dataset': self.settings.dataset, 'epochs': self.settings.epochs}
         finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *names))
         if finished:
-            self.tell(f'{self.run.out / "report.html"} has it all: the run is finished')
+            self.tell(f'the run is finished; see {self.run.out / "report.html"}')
         return finished
 
     def load(self) -> Dataset:
-        """The dataset of the settings; what is to say of it is said."""
+        """Loads the dataset and prints its notes."""
         data = load(self.settings.dataset, self.settings.data_dir, self.settings.image_size)
         for note in (data.overview, *data.notes):
             self.tell(note)
         return data
 
     def start(self, data: Dataset) -> None:
-        """Begins the run, or goes on with it, on this data."""
+        """Starts or resumes the run on this data."""
         self.data = data
         self.steps = steps_of(data.train, self.settings.batch_size)
         facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}
         if self.run.resumed:
+            self._check_columns()
             self._check_centers()
             self.run.check({**self.settings.decisive(), **facts})
             self.run.check_data(self.settings.dataset, data.identity)
             if newest(self.run.out / CHECKPOINTS) > self.settings.epochs * self.steps:
                 epochs, out = self.settings.epochs, self.run.out
-                raise RunError(f'--epochs is {epochs}, but the run in {out} has been trained for more')
+                raise RunError(f'--epochs is {epochs}, but the run in {out} has more epochs already')
         self.settings.check_data(len(data.train), data.image_shape)
         self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings}, data.identity)
 
+    def _check_columns(self) -> None:
+        """Raises RunError if metrics.csv of the resumed run lacks a column that this version writes."""
+        path = self.run.out / METRICS
+        rows = self.run.metrics() if path.exists() else []
+        missing = [name for name in Metrics._fields if rows and name not in rows[0]]
+        if missing:
+            raise RunError(
+                f'{path} has no column {missing[0]}, because another version wrote it, and the run cannot continue; '
+                'name another --out, or pass --overwrite to start again'
+            )
+
     def _check_centers(self) -> None:
-        """Raises RunError if the network or its centers would not be those of the run that is resumed."""
+        """Raises RunError if the resumed run has another network, or centers of another shape."""
         saved = self.run.config()
         old = saved['model'], [saved.get('num_classes', self.data.num_classes), saved['feature_dim']]
         new = self.settings.model, [self.data.num_classes, self.settings.feature_dim]
         if old != new:
             raise RunError(
-                f'the run in {self.run.out} has a network {old[0]} with centers {old[1]}, but here they are {new[0]} '
-                f'and {new[1]} (classes, feature dimensions). {RECIPE}'
+                f'the run in {self.run.out} has the network {old[0]} and centers {old[1]} (classes, feature '
+                f'dimensions), but the settings ask for {new[0]} and {new[1]}. {RECIPE}'
             )
 
     def train(
         self,
         arms: Sequence[Arm],
-        look: Callable[[Arm, int, TrainState], dict[str, float]],
+        measure: Callable[[Arm, int, TrainState], dict[str, float]],
         finish: Callable[[Arm, TrainState], Result],
     ) -> dict[str, Result]:
-        """Trains each arm to its end.
+        """Trains each arm up to the last epoch.
 
         Args:
-            arms: what to train.
-            look: measures of an arm after an epoch, and before the first one, of one copy of its state.
-            finish: what is made of one copy of an arm's last state.
+            arms: The arms to train.
+            measure: Returns the measures of an arm after an epoch, from the epoch and the unreplicated state. It is
+                also called before the first epoch, with 0.
+            finish: Computes the result of an arm from its unreplicated last state.
 
         Returns:
-            What `finish` made of each arm, by name.
+            The result of each arm, by name.
         """
         settings = self.settings
         model = Classifier(settings.model, settings.feature_dim, self.data.num_classes)
         step = self.devices.compile(train_step)
-        go_on = dataclasses.replace(settings, resume=True, overwrite=False).command()
+        resume = dataclasses.replace(settings, resume=True, overwrite=False).command()
         traces = settings.profile and processes.first()
         profile = traced(step, self.run.out / PROFILE) if traces else nullcontext(step)
         results = {}
-        with Progress(self.console) as progress, Stop(go_on) as stop, profile as step:
+        with Progress(self.console) as progress, Stop(resume) as stop, profile as step:
             for arm in arms:
                 placed = create_state(
                     model, self.data.image_shape, arm.seed, settings.learning_rate, settings.alpha, self.devices
                 )
                 initial = self.devices.fetch(placed)
                 folder = self.run.out / CHECKPOINTS / arm.name
-                whose = {'arm': arm.name, 'seed': arm.seed}
-                with Checkpoints(folder, settings.save_every, stop, self.devices, **whose) as saves:
-                    state = self._train(arm, initial, step, progress, saves, partial(look, arm))
+                saved_as = {'arm': arm.name, 'seed': arm.seed}
+                with Checkpoints(folder, settings.save_every, stop, self.devices, **saved_as) as saves:
+                    state = self._train(arm, initial, step, progress, saves, partial(measure, arm))
                 results[arm.name] = finish(arm, state)
         return results
 
@@ -148,16 +164,16 @@ class Job:
         step: Callable,
         progress: Progress,
         saves: Checkpoints,
-        look: Callable[[int, TrainState], dict[str, float]],
+        measure: Callable[[int, TrainState], dict[str, float]],
     ) -> TrainState:
-        """Trains one arm from its last save on and returns one copy of its last state.
+        """Trains one arm from its last save on, and returns its unreplicated last state.
 
-        A save comes after the row of each epoch that it has, and after whatever `look` keeps of it; those beyond it
-        are made again.
+        The row of an epoch and the files of `measure` are written before the save. If the run is interrupted in
+        between, the epoch is trained again and both are replaced.
         """
         devices, steps, last = self.devices, self.steps, self.settings.epochs
-        own = jax.process_index(), jax.process_count()
-        batches = train_batches(self.data.train, self.settings.batch_size, arm.seed, *own)
+        process = jax.process_index(), jax.process_count()
+        batches = train_batches(self.data.train, self.settings.batch_size, arm.seed, *process)
         weight = devices.place_state(np.float32(arm.center_weight))
         host, tally = saves.restore(initial, batches, self.tell) or (initial, Tally())
         state = devices.place_state(host)
@@ -165,9 +181,9 @@ class Job:
         epochs = int(host.step) // steps
         self.run.add_metrics(*saves.rows)
         if host is initial:
-            look(0, one)
+            measure(0, one)
         else:
-            self.tell(f'the {arm.name} arm goes on after {epochs} epochs and {tally.steps} steps')
+            self.tell(f'the {arm.name} arm continues after {epochs} epochs and {tally.steps} steps')
         writes = self.settings.tensorboard and processes.first()
         scalars = Scalars(self.run.out / TENSORBOARD / arm.name, saves.rows) if writes else None
         progress.start(arm.name, last * steps, int(host.step))
@@ -176,7 +192,7 @@ class Job:
             state, metrics = train_epoch(state, step, batches, steps, weight, devices, report, tally, saves)
             tally = Tally()
             one = devices.one(state)
-            row = {'epoch': epoch, 'arm': arm.name, **metrics, **look(epoch, one)}
+            row = {'epoch': epoch, 'arm': arm.name, **metrics, **measure(epoch, one)}
             self.run.add_metrics(row)
             saves.rows = self.run.saved_rows(arm.name)
             if scalars:
@@ -188,12 +204,12 @@ class Job:
         return one
 
     def seconds(self, arm: Arm) -> float:
-        """How long the arm was trained."""
+        """Returns the training time of an arm."""
         return sum(row['epoch_seconds'] for row in self.run.rows if row['arm'] == arm.name)
 
 
 class Saves(Protocol):
-    """Where a loop leaves what it has, now and then."""
+    """The part of `Checkpoints` that a training loop needs."""
 
     def due(self) -> bool: ...
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None: ...
@@ -210,16 +226,26 @@ def train_epoch(
     tally: Tally | None = None,
     saves: Saves | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Runs an epoch of `steps` steps, or the rest of it behind `tally`, and saves within it where a save is due.
+    """Runs the steps of an epoch that follow `tally`, and saves during the epoch whenever a save is due.
 
-    A few times a second it tells `report` steps done, latest metrics, steps a second.
+    Args:
+        state: The state to train, placed on the devices.
+        step: The compiled `train_step`.
+        batches: Iterator of (images, labels).
+        steps: Number of steps of an epoch.
+        center_weight: The weight of the center loss, placed on the devices.
+        devices: The devices of the run.
+        report: Called a few times per second with the steps done, the latest metrics and the steps per second.
+        tally: Sums over the steps of this epoch that were done before.
+        saves: Saves the state, if given.
 
-    Returns the state and the epoch's metrics: means over its examples, and the rows left out so far.
+    Returns:
+        The new state, and the row of metrics of the epoch.
     """
-    begun = start = told = time.perf_counter()
+    first_start = start = reported = time.perf_counter()
     tally = tally or Tally()
     counts, history, first = [], [], tally.steps
-    # Nothing may go to a device or come from it by the way: each such transfer would make the loop wait.
+    # An implicit transfer would make the loop wait for the device.
     with jax.transfer_guard('disallow'):
         for done in range(first + 1, steps + 1):
             images, labels = next(batches)
@@ -227,11 +253,11 @@ def train_epoch(
             counts.append(int((labels >= 0).sum()))
             history.append(metrics)
             now = time.perf_counter()
-            if now - told > 0.3 or done == steps:
-                # An earlier step's metrics: reading the latest would make the host wait for the device.
+            if now - reported > 0.3 or done == steps:
+                # Reads an earlier step, because the host would wait for the latest one.
                 latest = devices.fetch(history[max(0, len(history) - 3)])
-                report(done, Metrics(*latest.tolist()), (done - first) / (now - begun))
-                told = now
+                report(done, Metrics(*latest.tolist()), (done - first) / (now - first_start))
+                reported = now
             last = done == steps
             if last or (saves is not None and saves.due()):
                 fetched = devices.fetch(history)

@@ -1,7 +1,6 @@
-"""What features are worth for classes that were never trained on: pairs told apart, neighbours found, strangers seen.
+"""Metrics of features on held-out classes: verification of pairs, retrieval, and detection of unknown classes.
 
-All curves and areas are scikit-learn's. A mean over seeds has its 95 % interval, without which no two arms can be
-compared.
+scikit-learn computes all curves and areas. A mean over seeds has a 95 % interval, so that arms can be compared.
 """
 
 import dataclasses
@@ -18,13 +17,13 @@ FARS = (0.1, 0.01, 0.001)
 
 
 class Roc(NamedTuple):
-    """The receiver operating characteristic of all pairs: accepted shares of unlike and of like ones."""
+    """The receiver operating characteristic over all pairs."""
 
-    far: np.ndarray  # false accept rate, rising from 0 to 1
+    far: np.ndarray  # false accept rate, in ascending order from 0 to 1
     tar: np.ndarray  # true accept rate
 
     def tar_at(self, far: float | np.ndarray) -> np.ndarray:
-        """The largest true accept rate whose false accept rate is not above this one."""
+        """Returns the largest true accept rate at a false accept rate of at most `far`."""
         return self.tar[np.searchsorted(self.far, far, side='right') - 1]
 
 
@@ -32,37 +31,37 @@ def verify(features: np.ndarray, labels: np.ndarray, similarity: str) -> tuple[d
     """Scores all pairs of examples by similarity.
 
     Args:
-        features: `[N, D]`. If any is not finite, no measure is a number.
-        labels: `[N]`, each of two classes or more, one of them with two examples or more.
-        similarity: `cosine`, the paper's, or `euclidean`, the negative distance.
+        features: `[N, D]`. If a feature is not finite, all measures are NaN.
+        labels: `[N]`, of two or more classes, one of them with two or more examples.
+        similarity: `cosine`, as in the paper, or `euclidean` for the negative distance.
 
     Returns:
-        Measures by name, and the curve.
+        Measures by name, and the ROC.
     """
     names = ('auc', 'eer', *(f'tar_at_far_{far:g}' for far in FARS), 'recall_at_1', 'verification_accuracy')
     if not np.isfinite(features).all():
         return dict.fromkeys(names, np.nan), Roc(np.array([0.0, 1.0]), np.array([np.nan, np.nan]))
     features = features.astype(np.float64)
-    alike = cosine_similarity(features) if similarity == 'cosine' else -euclidean_distances(features)
+    scores = cosine_similarity(features) if similarity == 'cosine' else -euclidean_distances(features)
     upper = np.triu_indices(len(labels), 1)
-    far, tar, _ = roc_curve((labels[:, None] == labels)[upper], alike[upper])
+    far, tar, _ = roc_curve((labels[:, None] == labels)[upper], scores[upper])
     roc = Roc(far, tar)
-    eer = float(np.interp(0, far - (1 - tar), far))  # where as many are falsely accepted as falsely rejected
-    accuracy = float(((tar + 1 - far) / 2).max())  # of the best threshold, as many like as unlike pairs
-    values = (float(auc(far, tar)), eer, *map(float, map(roc.tar_at, FARS)), _recall(alike, labels), accuracy)
+    eer = float(np.interp(0, far - (1 - tar), far))  # where FAR equals the false reject rate
+    accuracy = float(((tar + 1 - far) / 2).max())  # at the best threshold
+    values = (float(auc(far, tar)), eer, *map(float, map(roc.tar_at, FARS)), _recall(scores, labels), accuracy)
     return dict(zip(names, values, strict=True)), roc
 
 
-def _recall(alike: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the examples whose most similar other example is of their class, if there is such an example."""
-    np.fill_diagonal(alike, -np.inf)
+def _recall(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the recall at 1 over the examples whose class has another example."""
+    np.fill_diagonal(scores, -np.inf)
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    findable = counts[inverse] > 1
-    return float((labels[alike.argmax(axis=1)] == labels)[findable].mean())
+    not_alone = counts[inverse] > 1
+    return float((labels[scores.argmax(axis=1)] == labels)[not_alone].mean())
 
 
 def unknown_auroc(known: np.ndarray, unknown: np.ndarray) -> float:
-    """How well the distance to the nearest center tells examples of known classes `[N]` from those of others `[M]`."""
+    """Returns the AUROC of the distances to the nearest center, of known `[N]` against unknown `[M]` classes."""
     distances = np.concatenate([known, unknown])
     if not np.isfinite(distances).all():
         return np.nan
@@ -71,7 +70,7 @@ def unknown_auroc(known: np.ndarray, unknown: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds within which, at 95 %, the mean over all seeds lies. Of one value there are no bounds."""
+    """A mean with the bounds of its 95 % confidence interval, which are NaN for a single value."""
 
     mean: float
     low: float
@@ -83,7 +82,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """By Student's t, since seeds are few."""
+    """Returns the mean of values with its interval by Student's t distribution."""
     mean, count = float(np.mean(values)), len(values)
     half = math.nan
     if count > 1:
@@ -92,5 +91,5 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def intervals(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Interval]:
-    """That of each of these columns over the rows."""
+    """Returns the interval of each column in `keys` over the rows."""
     return {key: interval([row[key] for row in rows]) for key in keys}

@@ -1,7 +1,7 @@
-"""The networks: a trunk of convolutions, the features that the center loss sees, and a linear classifier on them.
+"""The networks: a convolutional trunk, a feature layer with the center loss, and a linear classifier.
 
-The classifier has no bias and the features no activation behind them. So classes differ by direction alone under the
-softmax, which is what makes the star of the paper's Fig. 2.
+The classifier has no bias and the features have no activation. So the softmax separates classes by direction alone,
+as in the star of the paper's Fig. 2.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import centerloss_jax as clj
 
 
 class Stages(nn.Module):
-    """Stages of two convolutions, each with a PReLU, and max pooling: the paper's shape."""
+    """Stages of two convolutions with PReLU, followed by max pooling, as in the paper."""
 
     channels: tuple[int, ...]
     width: int
@@ -26,12 +26,12 @@ class Stages(nn.Module):
         return x.reshape(x.shape[0], -1)
 
 
-# LeNets++ is that of the paper's Table 1. On CPUs, where XLA's convolutions are slow, a smaller one must do.
+# LeNets++ is in the paper's Table 1. The small trunk is for CPUs, where XLA's convolutions are slow.
 TRUNKS = {'small': ((32, 64), 3), 'lenets++': ((32, 64, 128), 5)}
 
 
 class Classifier(nn.Module):
-    """A trunk, D features, C logits, and the center loss of the features where labels are given."""
+    """A trunk, D features, C logits, and the center loss of the features if labels are given."""
 
     trunk: str
     feature_dim: int
@@ -39,7 +39,13 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, labels: Array | None = None, axis_name: str | None = None):
-        """images `[B, H, W, K]` uint8, labels `[B]`: (features, logits), and with labels (.., center loss, rows)."""
+        """Returns (features, logits), and with labels also (center loss, rows).
+
+        Args:
+            images: `[B, H, W, K]` uint8.
+            labels: `[B]`, integers.
+            axis_name: The mapped axis of the batch under pmap.
+        """
         x = images.astype(jnp.float32) / 127.5 - 1
         features = nn.Dense(self.feature_dim, name='features')(Stages(*TRUNKS[self.trunk])(x))
         logits = nn.Dense(self.num_classes, use_bias=False, name='logits')(features)

@@ -1,4 +1,4 @@
-"""What the pictures show of each epoch, kept in a file an epoch, so that a run that was stopped has its whole film."""
+"""The data of the figures after each epoch, in one file per epoch, so that a resumed run can draw all epochs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from experiments.launch.run_folder import DamagedError, reading
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What one arm looks like after one epoch: N examples, D feature dimensions, C classes."""
+    """One arm after one epoch: N train and M test examples, D feature dimensions, C classes."""
 
     epoch: int
     train_features: np.ndarray  # [N, D]
@@ -21,33 +21,33 @@ class Snapshot:
     test_features: np.ndarray  # [M, D]
     test_labels: np.ndarray  # [M]
     centers: np.ndarray  # [C, D]
-    test_accuracy: float  # in [0, 1], as the next
-    nearest_center_accuracy: float
-    intra_inter_ratio: float  # of the test set; not a number where the features have collapsed
+    test_accuracy: float  # in [0, 1]
+    nearest_center_accuracy: float  # in [0, 1], of the test set
+    intra_inter_ratio: float  # of the test set; NaN if all features are equal
     collapsed: bool
 
 
 class History:
-    """The snapshots of one arm by epoch, from 0 (before training), and their files `ARM-EPOCH.npz` in a folder."""
+    """The snapshots of one arm by epoch, from 0 (before training) on, with a file `ARM-EPOCH.npz` for each."""
 
     def __init__(self, folder: Path, arm: str):
         self._folder, self._arm = folder, arm
         self.snapshots: dict[int, Snapshot] = {}
 
     def add(self, snapshot: Snapshot) -> None:
-        """Keeps a snapshot and writes its file."""
+        """Adds a snapshot and writes its file."""
         self.snapshots[snapshot.epoch] = snapshot
         if processes.first():
             self._folder.mkdir(exist_ok=True)
             save_snapshot(self._path(snapshot.epoch), snapshot)
 
     def read(self, epochs: int, tell: Callable[[str], None]) -> None:
-        """Reads the files of an arm that was resumed, up to `epochs` exclusive. Names those that it leaves out."""
+        """Reads the missing snapshots before `epochs`, and prints which files are left out."""
         for epoch in sorted(set(range(epochs)) - self.snapshots.keys()) if processes.first() else ():
             try:
                 self.snapshots[epoch] = load_snapshot(self._path(epoch))
             except DamagedError as error:
-                tell(f'{str(error).partition(";")[0]}; the film leaves out epoch {epoch}')
+                tell(f'{str(error).partition(";")[0]}; the animation leaves out epoch {epoch}')
 
     def _path(self, epoch: int) -> Path:
         return self._folder / f'{self._arm}-{epoch}.npz'

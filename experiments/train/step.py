@@ -1,4 +1,4 @@
-"""The one training step that all experiments share, its metrics, and their sums over an epoch."""
+"""The training step of all experiments, its metrics, and the sums of metrics over an epoch."""
 
 import functools
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def create_state(
     alpha: float,
     devices: Devices,
 ) -> TrainState:
-    """A stock TrainState whose params hold the network's parameters and, beside them, the centers."""
+    """Returns a TrainState with `params` of `{'params': network, 'centers': centers}`, placed on the devices."""
     images, labels = jnp.zeros((1, *image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
     variables = _init(model, jax.random.key(seed), images, labels)
     tx = _optimizer(learning_rate, alpha, devices.axis_name, devices.mesh)
@@ -38,7 +38,7 @@ def _init(model: Classifier, key: Array, images: Array, labels: Array) -> Any:
     return model.init(key, images, labels)
 
 
-@functools.cache  # with the same optimizer, states of several seeds share one compiled step
+@functools.cache  # states with one optimizer object share a compiled step
 def _optimizer(
     learning_rate: float, alpha: float, axis_name: str | None, mesh: Mesh | None
 ) -> optax.GradientTransformation:
@@ -46,22 +46,33 @@ def _optimizer(
 
 
 class Metrics(NamedTuple):
-    """What a step tells. It returns them as one array, which is read in one transfer."""
+    """The metrics of a step, in the order of the array that the step returns."""
 
     softmax_loss: Any  # mean cross-entropy
-    center_loss: Any  # mean squared distance, before it is weighted
+    center_loss: Any  # mean squared distance, before the weight
     train_accuracy: Any
     gradient_norm: Any
     center_step_norm: Any
-    rows_left_out: Any  # since the start
+    rows_dropped: Any  # since the start
 
 
 def train_step(
     state: TrainState, images: Array, labels: Array, center_weight: Array, axis_name: str | None = None
 ) -> tuple[TrainState, Array]:
-    """One step of L = softmax + center_weight * center, and its Metrics, [6]. Examples with label -1 are left out.
+    """Takes one step on L = softmax + center_weight * center.
 
-    The weight is an argument of the compiled step: with 0 it is the softmax arm, bit for bit, centers moving too.
+    The weight is an argument of the compiled step. At weight 0 the network is trained exactly as with softmax alone,
+    and the centers still move.
+
+    Args:
+        state: The state to update.
+        images: `[B, H, W, K]` uint8.
+        labels: `[B]`, integers. An example with label -1 is ignored.
+        center_weight: The weight of the center loss, a scalar.
+        axis_name: The mapped axis of the batch under pmap.
+
+    Returns:
+        The new state, and its `Metrics` as one array `[6]`, so that they are read in one transfer.
     """
 
     def mean(value):
@@ -84,29 +95,29 @@ def train_step(
     state = state.apply_gradients(grads={'params': grads, 'centers': {'center': {'centers': rows}}})
     opt_state: Any = state.opt_state
     centers = opt_state.inner_states['centers'].inner_state
-    metrics = Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.left_out)
+    metrics = Metrics(softmax, center, accuracy, optax.tree.norm(grads), centers.step_norm, centers.dropped)
     return state, jnp.stack([value.astype(jnp.float32) for value in metrics])
 
 
 class Tally(NamedTuple):
-    """Sums over the part of an epoch that is done: all that its row of metrics needs, in numbers that JSON keeps."""
+    """Sums over the finished steps of an epoch, from which its row of metrics is computed. JSON can store them."""
 
     steps: int = 0
     seconds: float = 0.0
     examples: int = 0
-    sums: Sequence[float] = (0.0,) * len(Metrics._fields)  # of metrics times examples
-    left_out: int = 0
+    sums: Sequence[float] = (0.0,) * len(Metrics._fields)  # sums of each metric times the number of examples
+    dropped: int = 0
 
     def add(self, counts: Sequence[int], metrics: Sequence[np.ndarray], seconds: float) -> 'Tally':
-        """With more steps. They are added one by one, so that no pause between them changes a bit."""
+        """Adds steps one at a time, so that the sums do not depend on when a run was interrupted."""
         sums = np.array(self.sums, np.float64)
         for count, values in zip(counts, metrics, strict=True):
             sums += count * values.astype(np.float64)
-        left_out = int(metrics[-1][Metrics._fields.index('rows_left_out')])
+        dropped = int(metrics[-1][Metrics._fields.index('rows_dropped')])
         examples = self.examples + sum(counts)
-        return Tally(self.steps + len(counts), self.seconds + seconds, examples, sums.tolist(), left_out)
+        return Tally(self.steps + len(counts), self.seconds + seconds, examples, sums.tolist(), dropped)
 
     def row(self) -> dict[str, float]:
-        """Means over the examples, and the rows left out so far."""
-        means = Metrics(*(value / self.examples for value in self.sums))._replace(rows_left_out=self.left_out)
+        """Returns the row of metrics: means over the examples, and the number of rows dropped since the start."""
+        means = Metrics(*(value / self.examples for value in self.sums))._replace(rows_dropped=self.dropped)
         return {**means._asdict(), 'epoch_seconds': self.seconds, 'steps_per_second': self.steps / self.seconds}

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: every arm makes the step of the oracle, and every figure lands in the table."""
+"""The benchmark measures what it says: every arm makes the step of the oracle, and every number is in the table."""
 
 import csv
 
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments import benchmark
-from experiments.bench import ours, pytorch, timing
+from experiments.bench import ours, pytorch, timing, turns
 from experiments.bench.problem import Problem
 from experiments.launch.mesh import choose
 
@@ -19,7 +19,7 @@ LAYOUTS = ours.layouts(choose('auto')) | ours.layouts(choose('auto', MESH), MESH
 
 @pytest.fixture(autouse=True)
 def _copies_are_small(monkeypatch):
-    monkeypatch.setattr(timing, 'COPIED', 2**20)
+    monkeypatch.setattr(timing, 'CPU_COPY_BYTES', 2**20)
 
 
 @pytest.mark.parametrize('arm', LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -51,18 +51,18 @@ def test_every_torch_arm_runs(arm):
     next(arm(pytorch.installed(), PROBLEM).steps)
 
 
-@pytest.mark.parametrize(('slow', 'turns'), [(60.0, benchmark.TURNS), (0.0, 1)])
-def test_arms_take_turns_but_for_slow_ones(slow, turns, monkeypatch):
-    monkeypatch.setattr(benchmark, 'SLOW', slow)
+@pytest.mark.parametrize(('slow', 'expected'), [(60.0, turns.TURNS), (0.0, 1)])
+def test_arms_take_turns_but_for_slow_ones(slow, expected, monkeypatch):
+    monkeypatch.setattr(turns, 'SLOW', slow)
     made = []
 
     def arm(problem):
         made.append(problem)
         return ours.one_device(problem)
 
-    rows = benchmark.measure_problem({'ours': arm, 'does not fit': lambda problem: None}, PROBLEM, 1, lambda name: None)
+    rows = turns.measure_problem({'ours': arm, 'does not fit': lambda problem: None}, PROBLEM, 1, lambda name: None)
     assert [row['arm'] for row in rows] == ['ours']
-    assert len(made) == turns
+    assert len(made) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_arms_take_turns_but_for_slow_ones(slow, turns, monkeypatch):
         'RESOURCE_EXHAUSTED: 2 TB',
     ],
 )
-def test_an_arm_without_memory_is_left_out_and_named(error):
+def test_an_arm_without_memory_is_skipped_and_named(error):
     error = jax.errors.JaxRuntimeError(error) if isinstance(error, str) else error
-    told = []
+    reported = []
 
     def greedy(problem):
-        if len(told) > 3:  # in the last turn
+        if len(reported) > 3:  # in the last turn
             raise error
         return ours.one_device(problem)
 
     arms = {'greedy': greedy, 'ours': ours.one_device}
-    rows = benchmark.measure_problem(arms, PROBLEM, 1, lambda *words: told.append(words))
+    rows = turns.measure_problem(arms, PROBLEM, 1, lambda *words: reported.append(words))
     assert [row['arm'] for row in rows] == ['ours']
-    assert ('greedy', 'out of memory') in told
+    assert ('greedy', 'out of memory') in reported
 
 
 def test_any_other_error_of_an_arm_is_raised():
@@ -94,19 +94,20 @@ def test_any_other_error_of_an_arm_is_raised():
         raise RuntimeError('a shape is wrong')
 
     with pytest.raises(RuntimeError, match='shape'):
-        benchmark.measure_problem({'broken': broken}, PROBLEM, 1, lambda *words: None)
+        turns.measure_problem({'broken': broken}, PROBLEM, 1, lambda *words: None)
 
 
-def test_figures_land_in_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, 'TURNS', 1)
+def test_numbers_are_written_to_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(turns, 'TURNS', 1)
     out = tmp_path / 'a b'
     sizes = {'batch_sizes': (16,), 'classes': (8, 24), 'feature_dim': 4, 'rounds': 1}
-    benchmark.main(benchmark.Config(**sizes, allocator='default', out=out))
+    benchmark.main(benchmark.Config(**sizes, out=out))
     with (out / 'benchmark.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
-    measured = {(row['allocator'], row['arm'], row['batch_size'], row['num_classes']) for row in rows}
+    measured = {(row['step'], row['arm'], row['batch_size'], row['num_classes']) for row in rows}
     for arm in ours.layouts(choose('auto')):
-        assert {('default', arm, '16', c) for c in ('8', '24')} <= measured
+        assert {('center loss', arm, '16', c) for c in ('8', '24')} <= measured
+    assert {arm for step, arm, *_ in measured if step == 'toy'} >= {'centerloss_jax', 'training loop'}
     assert all(
         0 < float(row['low_seconds']) <= float(row['step_seconds']) <= float(row['high_seconds']) for row in rows
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from experiments import predict, toy2d
 from experiments.data.load import load
 from experiments.plots.contact_sheet import draw_contact_sheet
-from experiments.train.thresholds import reach_of
+from experiments.train.thresholds import threshold_of
 from tests.support import tiny
 
 
@@ -172,8 +172,8 @@ def test_a_contact_sheet_shows_images_with_their_captions_and_frames_those_that_
     assert ('60 of 100 images' in figure.get_suptitle()) == (count == 100)
 
 
-def test_within_reach_are_95_percent_and_no_fewer():
+def test_at_least_95_percent_of_the_distances_are_within_the_threshold():
     distances = np.random.default_rng(0).exponential(size=359)
-    within = np.mean(distances <= reach_of(distances))
+    within = np.mean(distances <= threshold_of(distances))
     assert 0.95 <= within < 0.953
-    assert reach_of(np.array([2.0])) == 2.0
+    assert threshold_of(np.array([2.0])) == 2.0

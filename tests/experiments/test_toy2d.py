@@ -51,7 +51,7 @@ def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_d
         (arm, epoch) for arm in ('softmax', 'center') for epoch in ('1', '2')
     ]
     assert all(float(row['center_step_norm']) > 0 for row in metrics)
-    assert all(float(row['rows_left_out']) == 0 for row in metrics)
+    assert all(float(row['rows_dropped']) == 0 for row in metrics)
 
     summary = strict(out / 'summary.json')
     for arm, last in zip(('softmax', 'center'), metrics[1::2], strict=True):

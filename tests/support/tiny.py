@@ -17,7 +17,7 @@ from experiments.launch import cli
 # Columns of metrics.csv.
 COLUMNS = {
     *('epoch', 'arm', 'softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy'),
-    *('nearest_center_accuracy', 'intra_inter_ratio', 'center_step_norm', 'rows_left_out'),
+    *('nearest_center_accuracy', 'intra_inter_ratio', 'center_step_norm', 'rows_dropped'),
 }
 
 

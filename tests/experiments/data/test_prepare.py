@@ -76,7 +76,7 @@ def test_what_others_put_beside_a_preparation_stays(tmp_path):
 
 
 def test_no_answer_is_the_same_short_error_each_time(tmp_path, proxy, monkeypatch):
-    monkeypatch.setattr(prepare, 'PATIENCE', 0.5)
+    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 0.5)
     over = threading.Event()
     proxy(lambda request: over.wait(30))
     first, second = error_of_preparing(tmp_path), error_of_preparing(tmp_path)
@@ -86,13 +86,13 @@ def test_no_answer_is_the_same_short_error_each_time(tmp_path, proxy, monkeypatc
 
 
 def test_connections_that_break_at_once_need_no_wait_for_an_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, 'PATIENCE', float('inf'))
+    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', float('inf'))
     monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # nobody listens there
     assert 'no answer; is there a network?' in error_of_preparing(tmp_path)
 
 
 def test_a_slow_download_that_lives_is_waited_for(tmp_path, proxy, monkeypatch):
-    monkeypatch.setattr(prepare, 'PATIENCE', 0.5)
+    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 0.5)
 
     def answer(request):
         request.send_response(200)

@@ -24,7 +24,7 @@ def test_the_curves_of_seeds_are_drawn_as_their_mean_in_its_interval(tmp_path):
         np.testing.assert_allclose(lines[arm], np.mean([own.tar_at(grid) for own in curves], axis=0))
     assert (grid[0], grid[-1]) == (0.001, 1)
     assert len(axes.collections) == 2
-    assert 'Means of 2 seeds and their 95 % intervals' in figure.get_supxlabel()
+    assert 'Means over 2 seeds with 95 % intervals' in figure.get_supxlabel()
     with Image.open(tmp_path / 'roc.png') as picture:
         assert picture.width > 800
 

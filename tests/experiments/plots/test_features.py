@@ -151,7 +151,7 @@ def test_long_names_are_shortened_or_numbered(tmp_path, names, shown):
 def test_more_dimensions_are_projected_and_the_figure_says_so(tmp_path):
     arm = snapshot(dimensions=5)
     figure = draw_features(tmp_path / 'features.png', {'arm': arm}, DIGITS, title='')
-    assert 'one linear PCA, fitted on its train features' in texts(figure)
+    assert 'Each arm is projected by a PCA, fitted on its train features' in texts(figure)
     centred = arm.train_features - arm.train_features.mean(axis=0, dtype=np.float64)
     _, scales, directions = np.linalg.svd(centred, full_matrices=False)
     shares = scales**2 / np.sum(scales**2)

@@ -36,7 +36,7 @@ from experiments.train.logging import Progress
 from experiments.train.loop import train_epoch
 from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot
-from experiments.train.step import Tally, create_state, train_step
+from experiments.train.step import Metrics, Tally, create_state, train_step
 from tests.support import tiny
 
 ARMS = ('softmax', 'center')
@@ -136,7 +136,7 @@ def test_a_run_that_is_given_more_epochs_ends_as_if_it_had_had_them_at_once(whol
 
 MEASURES = {
     *('softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy', 'intra_inter_ratio'),
-    *('gradient_norm', 'center_step_norm', 'rows_left_out'),
+    *('gradient_norm', 'center_step_norm', 'rows_dropped'),
 }
 
 
@@ -294,6 +294,19 @@ def test_other_data_are_one_line_that_names_the_difference_and_a_moved_folder_is
     assert '--resume' in error
     assert all(word in error for word in named)
     assert bytes_of(tmp_path / 'run') == before
+
+
+def test_metrics_of_another_version_are_one_line_and_nothing_is_removed(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    *_, column = Metrics._fields
+    (out / 'metrics.csv').write_text((whole / 'metrics.csv').read_text().replace(column, 'an_older_name'))
+    before = {path: path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    assert run(*QUICK, '--epochs', 3, '--out', out, '--resume') == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ('metrics.csv', column, '--out', '--overwrite'))
+    assert {path: path.read_bytes() for path in out.rglob('*') if path.is_file()} == before
 
 
 SPLIT = Split(
