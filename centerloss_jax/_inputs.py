@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax import Array
-from jax.core import InconclusiveDimensionOperation, Tracer
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 HostOrDevice = np.ndarray | Array
@@ -89,7 +89,7 @@ def at_most(number: Any, limit: Any) -> bool:
     """Returns whether number <= limit is known. It is not for None, nor for some symbolic sizes of `jax.export`."""
     try:
         return number is not None and bool(number <= limit)
-    except InconclusiveDimensionOperation:
+    except jax.errors.InconclusiveDimensionOperation:
         return False
 
 
