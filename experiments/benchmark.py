@@ -25,7 +25,7 @@ from experiments.bench.problem import Implementation, Problem
 from experiments.bench.timing import Timing, bandwidth, keep_freed_memory, measure, on_cpu
 from experiments.data.batches import process_slice, steps_of, train_batches
 from experiments.data.load import load
-from experiments.launch import cli, processes
+from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags, flag
 from experiments.launch.mesh import choose
@@ -69,7 +69,7 @@ class Config(DeviceFlags):
 
 
 def main(config: Config) -> None:
-    console = Console(quiet=not processes.first())
+    console = output.console()
     if processes.first():
         check_folder(config.out)  # before a quarter of an hour is spent
     tell = partial(console.print, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.data.load import Dataset
 from experiments.data.open_set import OpenSet
-from experiments.launch import cli, processes
+from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
 from experiments.launch.mesh import Devices, choose
@@ -118,7 +118,7 @@ class Config(Common, DeviceFlags):
 def main(config: Config) -> None:
     if config.on_cores:  # before anything asks for a device: accelerators are left to others
         jax.config.update('jax_platforms', 'cpu')
-    console = Console(quiet=not processes.first())
+    console = output.console()
     devices = choose('none') if config.on_cores else config.start()
     surroundings = environment(devices)
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)

@@ -539,6 +539,14 @@ def test_too_many_open_files_leave_every_save(tmp_path, saved, one_device):
     assert found[1].steps == 2
 
 
+def test_a_name_with_brackets_is_printed_as_it_is(whole, tmp_path, capsys):
+    out = tmp_path / '[old] [' / 'run] :smile:'
+    shutil.copytree(whole, out)
+    capsys.readouterr()
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
+    assert f'{out / "report.html"} has it all' in capsys.readouterr().out
+
+
 def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_device, monkeypatch):
     folder = tmp_path / 'saves'
     save_twice(folder, saved, one_device)
