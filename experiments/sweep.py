@@ -28,6 +28,7 @@ from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, in_a
 from experiments.launch.stopping import Stop
 from experiments.plots.curves import draw_sweep
 from experiments.plots.features import draw_features
+from experiments.plots.panel import legend
 from experiments.plots.report import write_report
 from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
 from experiments.train.metrics import intervals
@@ -226,7 +227,8 @@ def _draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) 
     write_report(
         run.out / 'report.html',
         title=f'Weight of the center loss and step of the centers: {title}',
-        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}; summary.json has those of all alphas.',
+        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}; summary.json has those of all alphas.'
+        + legend(known.class_names),
         summary=columns,
         metrics=(),
         pictures={

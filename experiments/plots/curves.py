@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.launch.atomic_files import save_figure
+from experiments.plots.fonts import fitted
 from experiments.train.metrics import FARS, Interval, Roc, interval
 
 # Colours that the colour-blind can tell apart, and a line style for each.
@@ -24,7 +25,8 @@ STYLES = (
 def draw_roc(path: Path, arms: Mapping[str, Sequence[Roc]], *, title: str) -> Figure:
     """Writes a picture of the curves of some arms, each the mean of its seeds; returns the figure."""
     figure = Figure(figsize=(6.4, 5.6), dpi=140, layout='constrained')
-    figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
     axes = figure.subplots()
     grid = np.logspace(np.log10(min(FARS)), 0, 200)
     seeds = max(map(len, arms.values()))
@@ -59,7 +61,8 @@ def draw_sweep(
         title: what was swept.
     """
     figure = Figure(figsize=(10, 3.1 * len(measures) + 0.8), dpi=120, layout='constrained')
-    figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
     grid = figure.subplots(len(measures), 2, squeeze=False, sharey='row', sharex='col')
     names = ('weight lambda of the center loss', 'step alpha of the centers')
     for row, (measure, values) in zip(grid, measures.items(), strict=True):
