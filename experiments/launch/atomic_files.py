@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+# What a spreadsheet takes for the start of a formula, if only behind a tab or a line end.
+FORMULAS = ('=', '+', '-', '@', '\t', '\r')
+
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[IO[bytes]]:
@@ -70,9 +73,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as CSV; the first one names the columns."""
+    """Writes rows as CSV; the first one names the columns. Text that a spreadsheet would run gets an apostrophe."""
     table = io.StringIO(newline='')
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
     write_text(path, table.getvalue())
+
+
+def _inert(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value

@@ -1,5 +1,6 @@
 """Files are written whole, and never through a link that somebody put in their place."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_a_file_stays_whole_where_writing_its_successor_fails(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         atomic_files.write_text(path, 'half \ud800')
     assert path.read_text() == 'whole'
+
+
+def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe(tmp_path):
+    texts = ['=1+1', '+1', '-1', '@x', '\tx', '\rx', 'a=1', '', "'x"]
+    atomic_files.write_table(tmp_path / 'table.csv', [{'text': text, 'number': -1.5} for text in texts])
+    with (tmp_path / 'table.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['text'] for row in rows] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "'\rx", 'a=1', '', "'x"]
+    assert {row['number'] for row in rows} == {'-1.5'}
 
 
 def test_a_lock_neither_empties_its_file_nor_follows_a_link(tmp_path, theirs):
