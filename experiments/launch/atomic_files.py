@@ -15,15 +15,22 @@ FORMULAS = ('=', '+', '-', '@', '\t', '\r')
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a new file beside `path`, and moves it there at the end. Follows no link that is at either place."""
+    """Opens a new file beside `path`, and moves it there at the end. Follows no link that is at either place.
+
+    Raises:
+      OSError: if the system fails to write the file, which the error names.
+    """
     beside = path.with_name(f'.{path.name}.draft')
-    beside.unlink(missing_ok=True)
-    with _open(beside, os.O_RDWR | os.O_EXCL) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync(path.parent)
+    try:
+        beside.unlink(missing_ok=True)
+        with _open(beside, os.O_RDWR | os.O_EXCL) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync(path.parent)
+    except OSError as error:  # a full disk has no name in it
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def sync_tree(path: Path) -> None:

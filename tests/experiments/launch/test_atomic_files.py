@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from support.limits import limited_to
 
 from experiments.data import digits, tfds_cache
 from experiments.launch import atomic_files
@@ -86,6 +87,26 @@ def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row['text'] for row in rows] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "'\rx", 'a=1', '', "'x"]
     assert {row['number'] for row in rows} == {'-1.5'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'write'),
+    [
+        ('config.json', lambda path: write_json(path, 100 * ['x'])),
+        ('center-1.npz', write_snapshot),
+        ('features.png', write_figure),
+    ],
+)
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name, write):
+    with limited_to(100), pytest.raises(OSError, match='too large') as error:
+        write(tmp_path / name)
+    assert error.value.filename == str(tmp_path / name)
+
+
+def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        write_config(tmp_path / 'gone' / 'config.json')
+    assert error.value.filename == str(tmp_path / 'gone' / 'config.json')
 
 
 def test_a_lock_neither_empties_its_file_nor_follows_a_link(tmp_path, theirs):
