@@ -21,14 +21,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from experiments.bench import ours, pytorch, turns
 from experiments.bench.problem import Problem
+from experiments.bench.step_times import draw_step_times
 from experiments.bench.tables import timing_table, toy_table
 from experiments.bench.toy import measure_toy
 from experiments.data.batches import process_slice
-from experiments.launch import cli, processes
+from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags, flag
 from experiments.launch.run_folder import check_folder, environment, in_a_line
-from experiments.plots.step_times import draw_step_times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Config(DeviceFlags):
 
 
 def main(config: Config) -> None:
-    console = Console(quiet=not processes.first())
+    console = output.console()
     if processes.first():
         check_folder(config.out)
     tell = partial(console.print, highlight=False, soft_wrap=True)

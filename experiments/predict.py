@@ -6,19 +6,19 @@ predictions.csv and a contact sheet, predictions.png, are written to --out.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import simple_parsing
-from rich.console import Console
 
 from experiments.data.image_files import notes_on, shown, walk
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
 from experiments.data.splits import Split, pixels
 from experiments.data.tfds_cache import DataError
-from experiments.launch import cli, processes
+from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags
 from experiments.launch.mesh import choose
@@ -55,14 +55,15 @@ class Config(DeviceFlags):
 
 
 def main(config: Config) -> None:
-    console = Console(quiet=not processes.first())
+    console = output.console()
+    tell = partial(console.print, highlight=False, soft_wrap=True)
     class_names, thresholds = read_known(config.run)
     arm = config.arm or next((arm for arm in thresholds if arm.startswith('center')), '')
     if arm not in thresholds:
         raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(thresholds)}')
     settings = read_config(config.run, 'image_shape', 'num_classes')
     out = _folder(config)
-    names, split = _images(config, settings['image_shape'], console.print)
+    names, split = _images(config, settings['image_shape'], tell)
     devices = config.start()
     state = restored(settings, config.run / CHECKPOINTS / arm, arm)
     features, _, _ = embed(state, split, devices)
@@ -84,8 +85,7 @@ def main(config: Config) -> None:
     captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
     title = f'{config.images}: nearest center and distance, unknown beyond {thresholds[arm]:.3g}'
     draw_contact_sheet(out / _PICTURE, split.images, captions, unknown, title=title)
-    text = f'{len(rows)} images, {unknown.sum()} of them unknown; wrote {out / _PICTURE}'
-    console.print(text, highlight=False, soft_wrap=True)
+    tell(f'{len(rows)} images, {unknown.sum()} of them unknown; wrote {out / _PICTURE}')
 
 
 def _folder(config: Config) -> Path:

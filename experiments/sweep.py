@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.data.load import Dataset
 from experiments.data.open_set import OpenSet
-from experiments.launch import cli, processes
+from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
 from experiments.launch.mesh import Devices, choose
@@ -28,6 +28,7 @@ from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, in_a
 from experiments.launch.stopping import Stop
 from experiments.plots.curves import draw_sweep
 from experiments.plots.features import draw_features
+from experiments.plots.panel import legend
 from experiments.plots.report import write_report
 from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
 from experiments.train.metrics import intervals
@@ -119,7 +120,7 @@ class Config(Common, DeviceFlags):
 def main(config: Config) -> None:
     if config.on_cores:  # before JAX initializes a backend, so that no accelerator is reserved
         jax.config.update('jax_platforms', 'cpu')
-    console = Console(quiet=not processes.first())
+    console = output.console()
     devices = choose('none') if config.on_cores else config.start()
     surroundings = environment(devices)
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
@@ -229,7 +230,8 @@ def _draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) 
     write_report(
         run.out / 'report.html',
         title=f'Weight of the center loss and step size of the centers: {title}',
-        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}. summary.json has the other alphas too.',
+        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}. summary.json has the other alphas too.'
+        + legend(known.class_names),
         summary=columns,
         metrics=(),
         pictures={

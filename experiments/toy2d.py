@@ -16,6 +16,7 @@ from experiments.launch import cli, processes
 from experiments.launch.flags import Settings
 from experiments.launch.run_folder import SNAPSHOTS, Run
 from experiments.plots.features import animate_features, draw_features
+from experiments.plots.panel import legend
 from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, sample, snapshot_of
 from experiments.train.loop import Arm, Job
@@ -98,7 +99,8 @@ def _draw(
     write_report(
         run.out / 'report.html',
         title=f'Softmax and center loss: {title}',
-        lead='One network and one seed, trained with softmax alone and with softmax and center loss.',
+        lead='One network and one seed, trained with softmax alone and with softmax and center loss.'
+        + legend(data.class_names),
         summary=summary,
         metrics=run.metrics(),
         pictures={'Features after the last epoch': figure, 'Features of the test set over the epochs': animation},

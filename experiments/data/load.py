@@ -67,8 +67,12 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
         DataError: with what is wrong and what to do, in one to ten lines.
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
+    wanted = data_dir or cache
     try:
-        data_dir = (data_dir or cache).expanduser().absolute()
+        data_dir = wanted.expanduser().absolute()
+    except RuntimeError as error:  # nobody has that home
+        raise DataError(f'{wanted} has no place ({error}); pass another --data-dir') from error
+    try:
         return _dataset(*_builder(dataset, data_dir), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}') from error

@@ -9,18 +9,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+# What a spreadsheet takes for the start of a formula, if only behind a tab or a line end.
+FORMULAS = ('=', '+', '-', '@', '\t', '\r')
+
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a new file beside `path`, and moves it there at the end. Follows no link that is at either place."""
+    """Opens a new file beside `path`, and moves it there at the end. Follows no link that is at either place.
+
+    Raises:
+      OSError: if the system fails to write the file, which the error names.
+    """
     beside = path.with_name(f'.{path.name}.draft')
-    beside.unlink(missing_ok=True)
-    with _open(beside, os.O_RDWR | os.O_EXCL) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync(path.parent)
+    try:
+        beside.unlink(missing_ok=True)
+        with _open(beside, os.O_RDWR | os.O_EXCL) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync(path.parent)
+    except OSError as error:  # a full disk has no name in it
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def sync_tree(path: Path) -> None:
@@ -70,9 +80,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as CSV; the first one names the columns."""
+    """Writes rows as CSV; the first one names the columns. Text that a spreadsheet would run gets an apostrophe."""
     table = io.StringIO(newline='')
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
     write_text(path, table.getvalue())
+
+
+def _inert(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value

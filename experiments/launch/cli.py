@@ -76,6 +76,9 @@ def _outcome(parser: _Parser, experiment: Callable[[Any], None], argv: Sequence[
     except Stopped as stopped:
         processes.leave()  # all have stopped at the same step
         return stopped.exit_code, str(stopped)
+    except OSError as error:
+        what = error.filename or 'a file or the output'
+        return 1, f'{what} could not be read or written ({error.strerror or error})'
     except KeyboardInterrupt:
         return 130, 'interrupted'
     except Exception:

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.launch.atomic_files import save_figure
+from experiments.plots.fonts import fitted
 
 # More images than this would be too small to recognise.
 MAX_IMAGES = 60
@@ -30,7 +31,8 @@ def draw_contact_sheet(
     figure = Figure(figsize=(1.25 * IMAGES_PER_ROW, 1.6 * rows + 0.8), dpi=100, layout='constrained')
     if len(shown) < len(images):
         title += f' ({len(shown)} of {len(images)} images)'
-    figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
     for axes in figure.subplots(rows, IMAGES_PER_ROW, squeeze=False).flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -38,7 +40,8 @@ def draw_contact_sheet(
         image = images[index]
         axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray', vmin=0, vmax=255)
         color = '#c04f00' if doubtful[index] else '0.15'
-        axes.set_xlabel(captions[index], fontsize=8, color=color, parse_math=False)
+        caption, families = fitted(captions[index])
+        axes.set_xlabel(caption, fontsize=8, color=color, fontfamily=families, parse_math=False)
         if doubtful[index]:
             axes.spines[:].set(visible=True, color=color, linewidth=2.5)
     save_figure(path, figure)

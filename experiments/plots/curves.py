@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.launch.atomic_files import save_figure
+from experiments.plots.fonts import fitted
 from experiments.train.metrics import FARS, Interval, Roc, interval
 
 # Colours that colour-blind readers can tell apart, each with a line style.
@@ -24,7 +25,8 @@ STYLES = (
 def draw_roc(path: Path, arms: Mapping[str, Sequence[Roc]], *, title: str) -> Figure:
     """Writes the ROC curves of several arms, each as the mean over its seeds, and returns the figure."""
     figure = Figure(figsize=(6.4, 5.6), dpi=140, layout='constrained')
-    figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
     axes = figure.subplots()
     grid = np.logspace(np.log10(min(FARS)), 0, 200)
     seeds = max(map(len, arms.values()))
@@ -59,7 +61,8 @@ def draw_sweep(
         title: What was swept.
     """
     figure = Figure(figsize=(10, 3.1 * len(measures) + 0.8), dpi=120, layout='constrained')
-    figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
     grid = figure.subplots(len(measures), 2, squeeze=False, sharey='row', sharex='col')
     labels = ('weight lambda of the center loss', 'step size alpha of the centers')
     for row, (measure, values) in zip(grid, measures.items(), strict=True):

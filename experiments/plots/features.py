@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from experiments.launch.atomic_files import draft, save_figure
+from experiments.plots.fonts import fitted
 from experiments.plots.panel import PALETTE, Panel, numbers_of, window_of
 from experiments.plots.projection import Plane, plane_of
 from experiments.train.snapshots import Snapshot
@@ -74,7 +75,8 @@ def _figure(
     columns = len(planes)
     size = (panel_inches * columns, (panel_inches + 0.35) * rows + 0.6)
     figure = Figure(figsize=size, dpi=dpi, layout=ConstrainedLayoutEngine(h_pad=0.1))
-    figure.suptitle(title, fontsize=12, fontweight='bold', parse_math=False, wrap=True)
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
     caption = 'White dots: class centers.'
     if any(plane.dimensions > 2 for plane in planes):
         caption += '\nEach arm is projected by a PCA, fitted on its train features.'

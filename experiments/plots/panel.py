@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from experiments.plots.fonts import families_for
 from experiments.plots.projection import Plane
 from experiments.plots.text_placement import place_labels
 from experiments.train.snapshots import Snapshot
@@ -30,7 +31,8 @@ class Panel:
 
     def __init__(self, axes: Axes, plane: Plane, window: np.ndarray, class_names: Sequence[str]):
         self.axes, self.plane, self.window = axes, plane, window
-        names, num_classes = _short_names(class_names), len(class_names)
+        names, num_classes = names_to_draw(class_names), len(class_names)
+        families = families_for(names)
         self.colors = to_rgba_array([*(PALETTE[c % len(PALETTE)] for c in range(num_classes)), _NO_CLASS])
 
         axes.set(xlabel=plane.axis_names[0], ylabel=plane.axis_names[1], xlim=window[0], ylim=window[1])
@@ -41,7 +43,7 @@ class Panel:
         axes.axvline(plane.origin[0], color='0.88', linewidth=1, zorder=0)
         if plane.dimensions == 1:
             shown = range(0, num_classes, -(-num_classes // MAX_NAMED_CLASSES))
-            axes.set_yticks(list(shown), [names[c] for c in shown], parse_math=False)
+            axes.set_yticks(list(shown), [names[c] for c in shown], fontfamily=families, parse_math=False)
         else:
             axes.set_aspect('equal')
             axes.axhline(plane.origin[1], color='0.88', linewidth=1, zorder=0)
@@ -52,7 +54,7 @@ class Panel:
         self.centers = axes.scatter([], [], s=26 if few else 10, c='white', edgecolors='black', zorder=3)
         halo = withStroke(linewidth=2.5, foreground='white')
         style: dict[str, Any] = {'path_effects': [halo], 'parse_math': False, 'zorder': 4}
-        style |= {'ha': 'center', 'va': 'center'}
+        style |= {'ha': 'center', 'va': 'center', 'fontfamily': families}
         self.labels = [] if plane.dimensions == 1 else [
             axes.text(0, 0, name, fontsize=self.label_size, fontweight='bold', **style) for name in names
         ]  # fmt: skip
@@ -114,12 +116,25 @@ def _split_of(snapshot: Snapshot, split: str) -> tuple[np.ndarray, np.ndarray]:
     return features, np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
 
 
-def _short_names(class_names: Sequence[str]) -> list[str]:
-    """Returns shortened names, or class numbers if there are many classes or two short names are equal."""
-    short = [n if len(n) <= MAX_NAME_LENGTH else n[: MAX_NAME_LENGTH - 1] + '…' for n in class_names]
-    if len(short) > MAX_NAMED_CLASSES or len(set(short)) < len(short):
+def names_to_draw(class_names: Sequence[str]) -> list[str]:
+    """Returns shortened names, or class numbers if there are many classes, two are equal, or no font has them."""
+    short = _shortened(class_names)
+    if len(short) > MAX_NAMED_CLASSES or len(set(short)) < len(short) or families_for(short) is None:
         return [str(c) for c in range(len(short))]
     return short
+
+
+def _shortened(class_names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + '…' for name in class_names]
+
+
+def legend(class_names: Sequence[str]) -> str:
+    """Returns a sentence on what the numbers in a picture stand for, '' where it has names or too many numbers."""
+    numbers = names_to_draw(class_names)
+    if numbers == _shortened(class_names) or len(numbers) > MAX_NAMED_CLASSES:
+        return ''
+    pairs = (f'{number} is {name}' for number, name in zip(numbers, class_names, strict=True))
+    return f' The numbers in the pictures are classes: {", ".join(pairs)}.'
 
 
 def numbers_of(snapshot: Snapshot) -> str:

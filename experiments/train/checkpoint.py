@@ -5,6 +5,7 @@ nothing of devices and can be read back on any number of them. Beside them are t
 sums over the part of the epoch that is done. Nothing else is random or remembered.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -37,6 +38,9 @@ KEPT = 2
 # What Orbax names the folder of a save that it has not finished; older releases add the time.
 UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp(-\d+)?')
 
+# How TensorStore tells the number of an error of the system.
+OS_ERROR = re.compile(r"\[OS error (\d+)|os_error_code='(\d+)'")
+
 # Several processes must save at the same step. To agree on it each time would make them wait for their devices.
 AGREE_EVERY = 16
 
@@ -62,10 +66,11 @@ class Checkpoints:
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
-        if processes.first():
-            sync(self._folder)
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        with self._writing() if kind is None else contextlib.suppress(Exception):  # of two errors the first one counts
+            self._manager.close()
+            if processes.first():
+                sync(self._folder)
 
     def due(self) -> bool:
         wanted = time.monotonic() - self._last >= self._every
@@ -84,11 +89,23 @@ class Checkpoints:
             'state': ocp.args.StandardSave(host),
             'rest': ocp.args.JsonSave({**rest, 'checksum': _checksum(host, rest)}),
         }
-        self._manager.save(int(host.step), args=ocp.args.Composite(**items), force=True)
-        self._last = time.monotonic()
-        if self._stop.asked:
-            self._manager.wait_until_finished()
-            self._stop.obey()
+        with self._writing():
+            self._manager.save(int(host.step), args=ocp.args.Composite(**items), force=True)
+            self._last = time.monotonic()
+            if self._stop.asked:
+                self._manager.wait_until_finished()
+        self._stop.obey()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns an error of a save, this one or one in the background, into a line."""
+        try:
+            yield
+        except Exception as error:  # whatever Orbax, or what is below it, makes of a full disk
+            raise RunError(
+                f'no save could be written to {self._folder} ({_system_reason(error)}); those before it are whole. '
+                'Mend that, and give the same line again with --resume'
+            ) from error
 
     def _sync(self) -> None:
         """Waits until a save is on the disk. Process 0 has written it."""
@@ -151,7 +168,6 @@ def saved_params(folder: Path | str, arm: str = '') -> dict[str, Any]:
 
     If `arm` is given, the save must be of that arm.
     """
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that it will not write
     with _manager(Path(folder), read_only=True, create=False, save_interval_steps=0) as manager:
         step = next(iter(_steps(Path(folder))), None)
         if step is None:
@@ -192,12 +208,30 @@ def _forget_abandoned_reads() -> None:
     logging.getLogger('asyncio').addFilter(lambda record: 'never retrieved' not in record.getMessage())
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _system_reason(error: BaseException) -> str:
+    """Returns what the system said where one of the causes tells it. TensorStore passes it on as text."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if code := OS_ERROR.search(str(cause)):
+            return os.strerror(int(code[1] or code[2]))
+    return _reason(error)
+
+
 def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     _forget_abandoned_reads()
+    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs, with a traceback, what it raises too
     handlers = {'state': ocp.StandardCheckpointHandler(), 'rest': ocp.JsonCheckpointHandler()}
     # Orbax takes absolute paths only.
     return ocp.CheckpointManager(
@@ -272,20 +306,16 @@ def _check_readable(path: Path) -> None:
 def _check_system(save: Path, error: BaseException | None) -> None:
     """Raises RunError if it was the system that failed while Orbax read a save, not the save that is damaged."""
     absent = FileNotFoundError, IsADirectoryError, NotADirectoryError
-    cause = error
-    while cause is not None:
+    for cause in _causes(error):
         failed = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and not isinstance(cause, absent))
-        # TensorStore passes an error of the system on as text.
-        if failed or '[OS error ' in str(cause):
+        if failed or OS_ERROR.search(str(cause)):
             raise _unreadable(save, cause) from error
-        cause = cause.__cause__ or cause.__context__
     _check_readable(save)
 
 
 def _unreadable(path: Path, error: BaseException) -> RunError:
-    reason = error.strerror if isinstance(error, OSError) else None
     return RunError(
-        f'{path} could not be read ({reason or _reason(error)}); nothing is removed. Mend that, or move '
+        f'{path} could not be read ({_system_reason(error)}); nothing is removed. Mend that, or move '
         'the save to another folder, and give the same line again'
     )
 

@@ -15,11 +15,10 @@ import grain
 import jax
 import numpy as np
 from flax.training.train_state import TrainState
-from rich.console import Console
 
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import Dataset, load
-from experiments.launch import processes
+from experiments.launch import output, processes
 from experiments.launch.flags import Settings
 from experiments.launch.mesh import Devices
 from experiments.launch.run_folder import (
@@ -58,7 +57,7 @@ class Job:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.devices = settings.start()
-        self.console = Console(quiet=not processes.first())
+        self.console = output.console()
         self._surroundings = environment(self.devices)
         self.tell(in_a_line(self._surroundings))
         self.run = Run(settings.out, overwrite=settings.overwrite, resume=settings.resume)

@@ -132,7 +132,9 @@ def test_omniglot_whose_splits_have_alphabets_of_their_own_is_verified_on_those_
     out = tmp_path / 'run'
     flags = ('--dataset', 'omniglot', '--data-dir', tmp_path, '--image-size', 28, '--out', out)
     assert run(*flags, '--parallel', 'none', '--epochs', 1, '--seeds', 1, '--batch-size', 8) == 0
-    assert '5 classes are trained on, 25 images; 3 others are verified, 18 images' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert '5 classes are trained on, 25 images; 3 others are verified (' in said
+    assert '), 18 images\n' in said
     config = json.loads((out / 'config.json').read_text())
     assert (config['num_classes'], config['image_shape']) == (5, [28, 28, 3])
     summary = json.loads((out / 'summary.json').read_text())

@@ -249,3 +249,8 @@ def test_prepared_sets_go_to_the_cache_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     load('digits')
     assert (tmp_path / 'centerloss_jax' / 'digits' / '1.0.0' / 'features.json').exists()
+
+
+def test_a_cache_without_a_home_is_one_line():
+    with pytest.raises(DataError, match=r'~nobody-here/data has no place .*--data-dir'):
+        load('digits', Path('~nobody-here/data'))

@@ -1,5 +1,6 @@
 """Files are written whole, and never through a link that somebody put in their place."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from experiments.data import digits, tfds_cache
 from experiments.launch import atomic_files
 from experiments.launch.run_folder import write_json
 from experiments.train.snapshots import Snapshot, load_snapshot, save_snapshot
+from tests.support.limits import limited_to
 
 SNAPSHOT = Snapshot(
     epoch=1,
@@ -76,6 +78,35 @@ def test_a_file_stays_whole_where_writing_its_successor_fails(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         atomic_files.write_text(path, 'half \ud800')
     assert path.read_text() == 'whole'
+
+
+def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe(tmp_path):
+    texts = ['=1+1', '+1', '-1', '@x', '\tx', '\rx', 'a=1', '', "'x"]
+    atomic_files.write_table(tmp_path / 'table.csv', [{'text': text, 'number': -1.5} for text in texts])
+    with (tmp_path / 'table.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['text'] for row in rows] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "'\rx", 'a=1', '', "'x"]
+    assert {row['number'] for row in rows} == {'-1.5'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'write'),
+    [
+        ('config.json', lambda path: write_json(path, 100 * ['x'])),
+        ('center-1.npz', write_snapshot),
+        ('features.png', write_figure),
+    ],
+)
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name, write):
+    with limited_to(100), pytest.raises(OSError, match='too large') as error:
+        write(tmp_path / name)
+    assert error.value.filename == str(tmp_path / name)
+
+
+def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        write_config(tmp_path / 'gone' / 'config.json')
+    assert error.value.filename == str(tmp_path / 'gone' / 'config.json')
 
 
 def test_a_lock_neither_empties_its_file_nor_follows_a_link(tmp_path, theirs):

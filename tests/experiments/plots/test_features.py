@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from experiments.plots.features import MAX_FRAMES, animate_features, draw_features
+from experiments.plots.panel import legend
 from experiments.plots.projection import plane_of
 from experiments.train.snapshots import Snapshot
 
@@ -56,6 +57,24 @@ def test_both_sets_of_both_arms_are_drawn_with_their_numbers(tmp_path):
     ]
     ((picture, _),) = frames(tmp_path / 'features.png')
     assert picture.shape[1] > 1000
+
+
+def test_names_are_drawn_in_a_font_that_has_their_characters(tmp_path):
+    names = ['\u24b6', 'Ä', '\u24b7']  # circled letters, which DejaVu lacks and STIX has; it comes with Matplotlib
+    figure = draw_features(tmp_path / 'features.png', {'arm': snapshot(num_classes=3)}, names, title='Ⓐ')
+    assert {*names} <= {*texts(figure).splitlines()}
+    assert legend(names) == ''
+
+
+@pytest.mark.parametrize('dimensions', [1, 2])
+def test_names_that_no_font_has_are_numbers_that_the_page_explains(tmp_path, dimensions):
+    names = ['\U000f0001', 'cat', '\U000f0002']  # private characters
+    arms = {'arm': snapshot(num_classes=3, dimensions=dimensions)}
+    figure = draw_features(tmp_path / 'features.png', arms, names, title='\U000f0001 set')
+    said = texts(figure).splitlines()
+    assert {'0', '1', '2', '? set'} <= {*said}
+    assert not {*names} & {*said}
+    assert legend(names) == f' The numbers in the pictures are classes: 0 is {names[0]}, 1 is cat, 2 is {names[2]}.'
 
 
 def test_two_dimensions_are_drawn_as_they_are_with_equal_scales(tmp_path):

@@ -38,6 +38,7 @@ from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot
 from experiments.train.step import Metrics, Tally, create_state, train_step
 from tests.support import tiny
+from tests.support.limits import limited_to
 
 ARMS = ('softmax', 'center')
 STEPS = 3  # an epoch of the digits has at this batch size
@@ -550,6 +551,45 @@ def test_too_many_open_files_leave_every_save(tmp_path, saved, one_device):
         found = saves.restore(saved, batches, said.append)
     assert found is not None
     assert found[1].steps == 2
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_saves_before(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+
+    def save_more() -> None:
+        with limited_to(1000), Stop('') as stop, Checkpoints(folder, 60, stop, one_device, **OF) as saves:
+            for step in (3, 4):
+                later = saved.replace(step=np.asarray(step, np.int32))
+                saves.save(later, train_batches(SPLIT, 10, 0), Tally())
+
+    with pytest.raises(RunError, match=r'no save could be written to .*saves .*too large') as error:
+        save_more()
+    assert '\n' not in str(error.value)
+    assert '--resume' in str(error.value)
+    found, _ = restore(folder, saved, one_device)
+    assert found[1].steps == 2
+
+
+def test_what_cannot_be_written_is_one_line(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    capsys.readouterr()
+    with limited_to(2000):
+        assert run(*QUICK, '--epochs', 3, '--out', out, '--resume') != 0
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert str(out) in error
+    assert os.strerror(errno.EFBIG) in error
+    assert run(*QUICK, '--epochs', 3, '--out', out, '--resume') == 0
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(whole, tmp_path, capsys):
+    out = tmp_path / '[old] [' / 'run] :smile:'
+    shutil.copytree(whole, out)
+    capsys.readouterr()
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
+    assert f'{out / "report.html"} has it all' in capsys.readouterr().out
 
 
 def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_device, monkeypatch):
