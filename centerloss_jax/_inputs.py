@@ -1,4 +1,4 @@
-"""Checks of every argument, the messages of every error, and the rules for labels.
+"""Checks of arguments with their messages, and the rules for labels.
 
 Labels, and the indices of rows, are compared with 0 and with the number of rows in their own dtype, and narrowed to
 int32 after that. JAX without x64 folds the NumPy label 2**32 + 3 to 3, and `jnp.where(y < 0, 1000, y)` on int8 is -24.
@@ -59,7 +59,7 @@ def class_index(
 ) -> Array:
     """Returns the row of each label, int32 of the given shape: IGNORED where left out, DROPPED for labels >= C.
 
-    A label >= C is an error where its value can be read, which inside a transformation it can not.
+    A label >= C is an error where its value is known; a traced label has none.
     """
     labels = _as_integers(labels)
     if labels.shape != shape:
@@ -86,7 +86,10 @@ def row_index(integers: HostOrDevice, num_rows: int) -> HostOrDevice:
 
 
 def at_most(number: Any, limit: Any) -> bool:
-    """Returns whether number <= limit is known. It is not for None, nor for some symbolic sizes of `jax.export`."""
+    """Returns True if number <= limit is known to hold, False for None and for sizes that cannot be compared.
+
+    Such sizes are symbolic, as under `jax.export`.
+    """
     try:
         return number is not None and bool(number <= limit)
     except jax.errors.InconclusiveDimensionOperation:
@@ -156,6 +159,11 @@ def check_alpha(alpha: Any) -> None:
         raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
     if not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
+
+
+def is_row(index: Array) -> Array:
+    """Returns whether an index that is IGNORED, DROPPED or a row is a row."""
+    return (index != IGNORED) & (index != DROPPED)
 
 
 def compute_dtype(*dtypes: np.dtype) -> np.dtype:

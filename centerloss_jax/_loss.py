@@ -19,6 +19,7 @@ from centerloss_jax._inputs import (
     check_weights,
     class_index,
     compute_dtype,
+    is_row,
 )
 from centerloss_jax._kernels import mean_square
 from centerloss_jax._rows import RowUpdates
@@ -59,9 +60,9 @@ def center_loss(
         the number of examples.
       reduce_fn: `jnp.mean` for the mean over the examples that are not ignored, `None` for the loss of each example, or
         a function such as `jnp.sum` that is called with the losses of all examples, 0 where ignored.
-      axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`, with `jnp.mean` alone. The
-        denominator is then the mean count over the devices. `jax.lax.pmean` of this loss, taken inside the function
-        that is differentiated, is the loss of the whole batch.
+      axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`; with `reduce_fn=jnp.mean` only.
+        Divides by the mean count over the devices, so that `jax.lax.pmean` of the result is the loss of the whole
+        batch. Take it inside the function that is differentiated.
 
     Returns:
       A scalar, or labels.shape with `reduce_fn=None`; float32, or float64 where an input is.
@@ -107,8 +108,7 @@ def center_rows(
       centers: centers `[C, D]`, floating point. See `center_loss`.
       labels: classes `[...]`, integers. See `center_loss`.
       where: bool, labels.shape; False ignores an example.
-      weights: real numbers, labels.shape or x.shape, that multiply the rows. They do not change the number of examples
-        n_j by which Eq. 4 divides.
+      weights: real numbers, labels.shape or x.shape, that multiply the rows. They do not enter n_j of Eq. 4.
 
     Returns:
       RowUpdates of N rows, N the number of labels: indices int32 `[N]`, values `[N, D]` in float32 or wider. An ignored
@@ -142,7 +142,7 @@ def center_loss_and_rows(
     reduce_fn: ReduceFn | None = jnp.mean,
     axis_name: AxisName | None = None,
 ) -> tuple[Array, RowUpdates]:
-    """Returns `center_loss` and `center_rows` from one gather of the centers, for a training step.
+    """Returns `center_loss` and `center_rows` from one gather of whole centers, for a training step.
 
     Args:
       x: features `[..., D]`, floating point. See `center_loss`.
@@ -195,8 +195,8 @@ def _loss_and_rows(
     dtype = compute_dtype(x.dtype, centers.dtype)
 
     index = class_index(labels, where, centers.shape[0], x.shape[:-1])
-    index = _drop_padding(centers, index)
-    counted, valid = index != IGNORED, (index != IGNORED) & (index != DROPPED)
+    index = _mark_padding(centers, index)
+    counted, valid = index != IGNORED, is_row(index)
     own_center = take_rows(centers, jnp.where(valid, index, 0))
 
     count = jnp.sum(counted, dtype=jnp.int32).astype(dtype)
@@ -204,7 +204,8 @@ def _loss_and_rows(
         count = jax.lax.pmean(count, axis_name)
     count = jnp.where(count > 0, count, 1)
 
-    if reduce_fn is jnp.mean and weights is None:  # the lines below, from one [..., D] array
+    if reduce_fn is jnp.mean and weights is None:
+        # Equals the general form below, but loss, gradient and rows share one [..., D] array.
         loss, gradient = mean_square(x, own_center, counted, valid, count)
         return loss, _as_rows(index, gradient, -count / 2)
 
@@ -220,13 +221,13 @@ def _loss_and_rows(
     return loss, _as_rows(index, weight * difference, -jnp.ones([], dtype))
 
 
-def _drop_padding(centers: Array, index: Array) -> Array:
-    """Marks labels of rows that pad the table for a mesh as DROPPED. These rows hold +Inf.
+def _mark_padding(centers: Array, index: Array) -> Array:
+    """Returns the index with DROPPED for rows that pad the table for a mesh. Padding rows hold +Inf.
 
     The first number of a row is enough to tell. It is a gather of its own, since a slice of the gathered center would
     keep a `[..., D]` array, and it compares with Inf, since `jnp.isposinf` raises under `jax_debug_infs`.
     """
-    valid = (index != IGNORED) & (index != DROPPED)
+    valid = is_row(index)
     first = take_rows(centers[:, :1], jnp.where(valid, index, 0))[..., 0]
     return jnp.where(valid & (first == jnp.inf), DROPPED, index)
 

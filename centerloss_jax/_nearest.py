@@ -51,7 +51,7 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) 
     Args:
       x: features `[..., D]`, floating point; narrow dtypes are computed in float32.
       centers: `[C, D]`, floating point.
-      block_size: centers that are compared at a time.
+      block_size: centers that are compared at a time, over all shards together.
 
     Returns:
       `(labels, distances)`: int32 `[...]`, and the squared Euclidean distances `[...]` in float32 or wider. An
@@ -95,7 +95,7 @@ def _nearest(x: Array, centers: Array, block_size: int, shards: int) -> tuple[Ar
 
 
 def _search_shards(x: Array, centers: Array, block_size: int, shards: int) -> Array:
-    """Searches each device's shard of the table by itself; what moves is the best of each shard."""
+    """Searches each shard of the table alone; only the best of each shard moves between devices."""
     num_classes, num_features = centers.shape
     rows = num_classes // shards
     search = partial(_search, block_size=min(-(-block_size // shards), rows))
@@ -176,7 +176,7 @@ def _lower_bounds(x: Array, block: Block, origin: Array, finite: Array) -> Array
 
 
 def _search_block(x: Array, block: Block, bounds: Array, best: Best, set_aside: Array) -> tuple[Best, Array]:
-    """Measures the centers of a block whose lower bound leaves room to be nearest; sets examples with many aside."""
+    """Measures the centers of a block that may be nearest; sets an example with too many of them aside."""
 
     def measure(state):
         bounds, best, rounds = state

@@ -21,8 +21,9 @@ def with_centers(
 ) -> optax.GradientTransformationExtraArgs:
     """Combines `optimizer` for the parameters with `center_update` for the centers, by `optax.partition`.
 
-    In a tree whose top level has the keys 'params' and 'centers' (a dict, a FrozenDict or an nnx.State), the centers
-    are the entry 'centers'. In any other tree they are the `nnx.Centers` variables and the RowUpdates.
+    In a tree whose top level has the keys 'params' and 'centers' and no other, the centers are the entry 'centers'. The
+    tree may be a dict, a FrozenDict or an nnx.State. In any other tree the centers are the `nnx.Centers` variables and
+    the RowUpdates.
 
     Put every transform that does arithmetic on gradients inside, such as clipping and accumulation:
     `with_centers(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))`,
@@ -74,8 +75,8 @@ def _labels(tree):
     labels = jax.tree.map(_label, tree, is_leaf=_is_whole)
     if 'centers' not in jax.tree.leaves(labels):
         raise ValueError(
-            "with_centers found no centers. Pass a tree with the keys 'params' and 'centers' at its top, for the "
-            'parameters and for the gradients alike, with the RowUpdates of the step under centers; with nnx.Optimizer '
+            "with_centers found no centers. Pass a tree with the keys 'params' and 'centers' at its top and no other, "
+            'for the parameters and for the gradients alike, with the RowUpdates of the step under centers; with nnx.Optimizer '
             'pass wrt=(nnx.Param, centerloss_jax.nnx.Centers) and put the rows into the gradients as '
             f'centerloss_jax.nnx.Centers(rows). The top of this tree has the keys {names}'
         )

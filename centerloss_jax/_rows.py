@@ -12,8 +12,8 @@ from centerloss_jax._inputs import DROPPED, IGNORED, check_table, compute_dtype,
 from centerloss_jax._kernels import add_class_sums, unique_sums
 from centerloss_jax._sharding import add_rows, replicate, set_rows, take_rows
 
-# Constants that arithmetic on the rows changes: no sum, multiple, square, sign or clip of these numbers is itself.
-# Half precision holds neither of the floating ones. They differ, so that subtracting their mean changes them.
+# Arithmetic on the rows changes these: no sum, multiple, square, sign or clip of such a number is itself.
+# Half precision holds neither of the two floats. They differ, so that subtracting their mean changes them.
 GUARD = np.array([-700_000_001], np.int32)
 FLOAT_GUARD = np.array([[-700_000_064.0, 3.0000002]], np.float32)
 
@@ -31,8 +31,8 @@ class RowUpdates:
     one beyond the table, is dropped.
 
     Rows are not gradients. The sum of two RowUpdates, over devices or over passes, would name other classes, since it
-    adds the indices. Private constants detect arithmetic on all leaves, on the integer ones or on the floating ones:
-    such rows move nothing, and `center_update` counts them. Where a leaf has another dtype afterwards, as after a mean
+    adds the indices. Private constants detect arithmetic on all leaves, on the integer ones alone or on the floating
+    ones alone: such rows move nothing, and `center_update` counts them. Where a leaf has another dtype afterwards, as after a mean
     or a cast, it is a TypeError. Reduce, clip and accumulate inside `with_centers`, and join the rows of several passes
     by `concatenate_rows`. A `jax.lax.pmean` of the floating leaves alone is not detected, since it leaves constants as
     they are.
@@ -192,8 +192,8 @@ def _resolve_stacked(rows: RowUpdates, num_rows: int) -> tuple[Array, Array, Arr
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f'the values of RowUpdates must be floating point, got {type_name(values)}')
-    far, near = FLOAT_GUARD[0]
-    floats_unchanged = (float_guard[..., 0] == far) & (float_guard[..., 1] == near)
+    first, second = FLOAT_GUARD[0]
+    floats_unchanged = (float_guard[..., 0] == first) & (float_guard[..., 1] == second)
     unchanged = (guard == GUARD[0]).all(-1) & floats_unchanged.all(-1)
     index = jnp.where(unchanged[..., None], jnp.asarray(row_index(indices, num_rows)), DROPPED)
     values = values.astype(compute_dtype(values.dtype))

@@ -44,8 +44,8 @@ def flatten(a: Array, num_axes: int) -> Array:
 def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
     """Lays arrays out replicated on their own mesh, on `mesh`, or on the ambient mesh.
 
-    Without it XLA scatters a sharded batch into a replicated table by an all-reduce of the whole table. Replicated rows
-    are an all-gather of O(B D), and each device then scatters into its own shard.
+    Without it XLA all-reduces the whole table where a sharded batch is scattered into it. With it, XLA all-gathers the
+    rows, O(B D), and each device scatters them into its part of the table.
     """
 
     def leaf(a: Array) -> Array:
@@ -63,7 +63,8 @@ def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
 def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:
     """Returns the arrays of all devices along a mapped axis, joined on their first axis, the same on each device.
 
-    'invarying' tells shard_map's replication check so. vmap has no such check, and JAX 0.10 refuses the word there.
+    'invarying' tells shard_map that the result is the same on each device. vmap has no such check, and JAX 0.10 refuses
+    the word there.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     on_devices = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)

@@ -12,15 +12,15 @@ from jax.typing import ArrayLike
 
 from centerloss_jax._inputs import (
     DROPPED,
-    IGNORED,
     AxisName,
     check_axis_name,
     check_features,
     check_num_classes,
     class_index,
     compute_dtype,
+    is_row,
 )
-from centerloss_jax._kernels import index_of_part
+from centerloss_jax._kernels import split_large_batch
 from centerloss_jax._sharding import on_auto_axes
 
 
@@ -30,7 +30,7 @@ class ClassStatistics:
     r"""Counts, means and squared deviations of features by class, as a pytree. `merge` joins parts of a dataset.
 
     Attributes:
-      count: int32 `[C]`, examples of each class, n_j.
+      count: int32 `[C]`, examples of each class, n_j; `merge` stops at the largest int32.
       mean: `[C, D]`, class means :math:`\mu_j`; 0 for a class without examples.
       squared_deviation: `[C]`, :math:`\sum_{i: y_i = j} |x_i - \mu_j|^2`.
 
@@ -54,8 +54,9 @@ class ClassStatistics:
         unbiased however few examples a class has. It is NaN where N = K.
         """
         num_present = jnp.sum(self.count > 0, dtype=jnp.int32).astype(self.mean.dtype)
-        freedom = self._num_examples() - num_present
-        return jnp.where(freedom > 0, self.squared_deviation.sum() / jnp.maximum(freedom, 1), jnp.nan)
+        degrees_of_freedom = self._num_examples() - num_present
+        intra = self.squared_deviation.sum() / jnp.maximum(degrees_of_freedom, 1)
+        return jnp.where(degrees_of_freedom > 0, intra, jnp.nan)
 
     @property
     def inter(self) -> Array:
@@ -172,8 +173,8 @@ def class_statistics(
 
 def _by_class(x: Array, index: Array, num_classes: int, axis_name: AxisName | None) -> ClassStatistics:
     index = index.reshape(-1)
-    valid = (index != IGNORED) & (index != DROPPED)
-    part_index, parts = index_of_part(jnp.where(valid, index, DROPPED), num_classes)
+    valid = is_row(index)
+    part_index, parts = split_large_batch(jnp.where(valid, index, DROPPED), num_classes)
     index = jnp.where(valid, index, 0)
     x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(compute_dtype(x.dtype)), 0)
 

@@ -131,7 +131,7 @@ def check_replicas(tree: Any, *, stacked: bool = False) -> None:
             raise ValueError(f'stacked=True asks for a first axis of devices, but {name} has shape {list(leaf.shape)}')
         shards = ['all'] * len(leaf) if stacked else _shard_of_each_device(leaf)
         checksums = _gather_processes(_checksums(leaf) if stacked else _checksum_by_device(leaf))
-        shards *= len(checksums) // len(shards)  # once for each process, if each has an array of its own
+        shards *= len(checksums) // len(shards)  # each process may hold its own array
         first: dict[str, int] = {}
         others = [n for n, shard in enumerate(shards) if checksums[first.setdefault(shard, n)] != checksums[n]]
         if others:

@@ -52,7 +52,8 @@ def center_update(
 
     where n_j is the number of examples of class j in the batch. The step depends on no learning rate and on no loss
     weight. A step leaves the factor :math:`1 - \alpha n / (1 + n)` of the gap between a center and the mean of its
-    examples. The factor lies in (0, 1] for every n, so no batch makes a center overshoot.
+    examples. Without weights, or with weights in [0, 1], the factor lies in (0, 1] for every n, so that no batch makes
+    a center overshoot.
 
     A row is dropped, as if its example were absent, if it holds a NaN or an Inf or if its squared norm overflows the
     dtype of the computation (features of 2e19 in float32).
@@ -62,8 +63,8 @@ def center_update(
       axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`. The rows of all devices are
         gathered and n_j counts the global batch, so that every replica makes the move of one device with the whole
         batch. Without it replicas drift apart.
-      mesh: under `jax.jit` over a mesh of Auto axes, the mesh, unless `jax.set_mesh` has set it. The rows are then
-        replicated before they are scattered, so that no table moves between devices. Explicit axes need neither.
+      mesh: the mesh of Auto axes under `jax.jit`. It is not needed where `jax.set_mesh` has set it, nor on Explicit
+        axes. The rows are replicated before they are scattered, so that no table moves between devices.
 
     Returns:
       An `optax.GradientTransformation` from RowUpdates `[N, D]` to RowUpdates that move the centers: one row for each
@@ -99,10 +100,10 @@ def center_update(
         check_axis_name(axis_name)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, RowUpdates))
         _check_rows(leaves)
-        step = alpha(state.count) if callable(alpha) else alpha
+        alpha_now = alpha(state.count) if callable(alpha) else alpha
         boxes = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
         tables = meta.unbox(boxes)  # a table may be boxed with the names of its axes, as by nn.with_partitioning
-        moves = [_move(rows, table, step, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]
+        moves = [_move(rows, table, alpha_now, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]
         rows, dropped, squared_norm = zip(*moves, strict=True)
         rows = [_in_box(box, update) for box, update in zip(boxes, rows, strict=True)]
         return treedef.unflatten(rows), CenterUpdateState(
@@ -126,17 +127,17 @@ def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName
     dropped = jnp.sum((index != IGNORED) & ((index == DROPPED) | ~finite), dtype=jnp.int32)
     index = jnp.where((index != IGNORED) & finite, index, DROPPED)
 
-    # The index as `table + rows` computes it again, so that XLA sorts it once.
-    row, _, _ = resolve_for_scatter(RowUpdates(index, values), table)
+    # Computed exactly as `table + rows` will, so that XLA shares the sort.
+    scatter_index, _, _ = resolve_for_scatter(RowUpdates(index, values), table)
     num_classes = None if table is None else table.shape[0]
-    n = class_sizes(row, num_classes).astype(values.dtype)
+    n = class_sizes(scatter_index, num_classes).astype(values.dtype)
     factor = jnp.where(index == DROPPED, 0, -jnp.asarray(alpha, values.dtype) / (1 + n))
     scale = factor * scale  # -alpha (c - x) / (1 + n), before the sum, so that many large rows stay finite
 
     if at_most(num_classes, index.size):
-        unique, sums = class_sums(row, values, scale, num_classes)
+        unique, sums = class_sums(scatter_index, values, scale, num_classes)
         return RowUpdates(unique, sums), dropped, jnp.sum(jnp.square(sums))
-    squared_norm = squared_norm_of_sums(row, values, scale, jnp.square(factor) * norms, num_classes)
+    squared_norm = squared_norm_of_sums(scatter_index, values, scale, jnp.square(factor) * norms, num_classes)
     return RowUpdates(index, values, _scale=scale), dropped, squared_norm
 
 

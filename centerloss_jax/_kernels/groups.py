@@ -10,22 +10,22 @@ from jax import Array
 from centerloss_jax._inputs import DROPPED, at_most
 from centerloss_jax._kernels import platform
 
-# Classes for each row up to which an accelerator counts them in arrays `[C]` in less time than it sorts the rows.
+# Up to this many classes for each row an accelerator counts in arrays `[C]`. Beyond, it sorts the rows.
 CLASSES_PER_ROW = 256
-# Rows that are added up before their sum is added to others: float32 loses 1 % of the sum of 2**20 equal numbers.
+# Rows of one partial sum. A single float32 sum of 2**20 equal numbers is off by 1 %.
 ROWS_AT_A_TIME = 8192
 
 
 @functools.partial(jax.jit, static_argnames='num_classes')
 def class_sizes(index: Array, num_classes: int | None) -> Array:
-    """Returns the number of rows that have the index of each row, n_j, int32 `[N]`.
+    """Returns for each row how many rows share its index, n_j, int32 `[N]`; undefined for DROPPED.
 
     jnp.sum(index[:, None] == index, axis=1)
     """
     return sizes_and_first(index, num_classes)[0]
 
 
-def index_of_part(index: Array, num_classes: int) -> tuple[Array, int]:
+def split_large_batch(index: Array, num_classes: int) -> tuple[Array, int]:
     """Returns an index into several tables of C rows, one for each part of a large batch, and their number.
 
     The sum of the tables keeps digits that one sum of a million rows loses. Together they have at most N rows.
@@ -51,10 +51,10 @@ def _count_in_arrays(index: Array, num_classes: Any) -> tuple[Array, Array]:
     rows = jnp.arange(index.size, dtype=jnp.int32)
     first = jnp.full(num_classes, DROPPED, jnp.int32).at[index].min(rows, mode='drop')
     hints: Any = {'mode': 'fill', 'fill_value': 0}
-    return counts_of_classes(index, num_classes).at[index].get(**hints), first.at[index].get(**hints)
+    return counts_by_class(index, num_classes).at[index].get(**hints), first.at[index].get(**hints)
 
 
-def counts_of_classes(index: Array, num_classes: int) -> Array:
+def counts_by_class(index: Array, num_classes: int) -> Array:
     return jnp.zeros(num_classes, jnp.int32).at[index].add(1, mode='drop')
 
 

@@ -1,4 +1,4 @@
-"""What XLA must be told about its platform, a vmapped axis and a symbolic size."""
+"""Choices by platform, and loops under vmap."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,10 @@ from jax import Array
 
 
 def by_platform(*args: Any, cpu: Callable, default: Callable) -> Any:
-    """Returns cpu(*args) in a program for CPUs and default(*args) in one for another platform."""
+    """Returns cpu(*args) in a program for CPUs and default(*args) in one for another platform.
+
+    Every such choice of the library is made here, so that the tests can run both programs on a CPU.
+    """
     return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
 
 

@@ -12,11 +12,11 @@ from centerloss_jax._kernels import platform
 from centerloss_jax._kernels.groups import (
     ROWS_AT_A_TIME,
     class_sizes,
-    counts_of_classes,
+    counts_by_class,
     group_sizes,
-    index_of_part,
     sizes_and_first,
     sorted_groups,
+    split_large_batch,
 )
 from centerloss_jax._kernels.platform import max_over_vmapped_axis
 from centerloss_jax._sharding import add_rows, take_rows, vary_as
@@ -29,22 +29,23 @@ def class_sums(index: Array, values: Array, scale: Array, num_classes: int) -> t
     sums = jax.ops.segment_sum(scale[:, None] * values, index, num_classes)
     return jnp.where(jnp.isin(jnp.arange(num_classes), index), jnp.arange(num_classes), DROPPED), sums
     """
-    present = counts_of_classes(index, num_classes) > 0
+    present = counts_by_class(index, num_classes) > 0
     unique = jnp.where(present, jnp.arange(num_classes, dtype=jnp.int32), DROPPED)
     return unique, _class_sums(index, values, scale, num_classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _class_sums(index: Array, values: Array, scale: Array, num_classes: int) -> Array:
-    index, parts = index_of_part(index, num_classes)
+    index, parts = split_large_batch(index, num_classes)
     zeros = jnp.zeros((parts * num_classes, values.shape[1]), values.dtype)
-    # XLA would see that a table of one class is added to, and add each row to the table.
+    # Else XLA merges the later addition to a table of one class into this sum, and rounds at each row.
     sums = jax.lax.optimization_barrier(_add_scaled_rows(zeros, index, values, scale, unique=False))
     return sums if parts == 1 else sums.reshape(parts, num_classes, -1).sum(axis=0)
 
 
 @_class_sums.defjvp
 def _class_sums_jvp(num_classes, primals, tangents):
+    # All rows at once, since the reverse of a loop would keep every step of it.
     (index, values, scale), (_, values_dot, scale_dot) = primals, tangents
     rows_dot = scale[:, None] * values_dot + scale_dot[:, None] * values
     zeros = jnp.zeros((num_classes, values.shape[1]), values.dtype)
@@ -54,7 +55,7 @@ def _class_sums_jvp(num_classes, primals, tangents):
 @jax.custom_jvp
 @jax.jit
 def add_class_sums(table: Array, index: Array, values: Array, scale: Array) -> Array:
-    """Returns the table with the sum of the rows of each class added to its row, and rounded once.
+    """Returns the table with the sum of the rows of each class added to its row, which is rounded once.
 
     table.at[index].add(scale[:, None] * values, mode='drop')
     """
@@ -114,7 +115,7 @@ def _add_scaled_rows(table: Array, index: Array, values: Array, scale: Array, un
         return jax.lax.fori_loop(0, index.size, add_row, vary_as(table, index, values, scale))
 
     def at_once(table, index, values, scale):
-        # Without the barrier XLA computes both again for each number of a row.
+        # Without the barrier XLA computes both again for each feature.
         index, scale = jax.lax.optimization_barrier((index, scale))
         return add_rows(table, index, (scale[:, None] * values).astype(table.dtype), unique)
 
@@ -130,6 +131,7 @@ def _add_repeated(table: Array, index: Array, values: Array, scale: Array, num_c
 def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Array) -> tuple[Array, Array]:
     """Sums row by row, in the order in which the rows of a class are neighbours. No array grows with N * D."""
     order, index, group = sorted_groups(index)
+    # Moves the repeated rows to the front.
     repeated = (group_sizes(group)[group] > 1) & (index < DROPPED)
     slot = jnp.where(repeated, jnp.cumsum(repeated, dtype=jnp.int32) - 1, DROPPED)
     order = jnp.zeros_like(order).at[slot].set(order, mode='drop')
@@ -139,8 +141,8 @@ def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Arra
     def add_row(k, carry):
         table, squares, total, part = carry
         part += scale[order[k]] * values[order[k]]
-        whole = last[k] | (k % ROWS_AT_A_TIME == 0)
-        total, part = total + jnp.where(whole, part, 0), jnp.where(whole, 0, part)
+        flush = last[k] | (k % ROWS_AT_A_TIME == 0)
+        total, part = total + jnp.where(flush, part, 0), jnp.where(flush, 0, part)
         table = add_rows(table, jnp.where(last[k], index[k], DROPPED), total.astype(table.dtype))
         return table, squares + jnp.where(last[k], jnp.square(total), 0), jnp.where(last[k], 0, total), part
 
@@ -152,7 +154,7 @@ def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Arra
 
 
 def _add_repeated_at_once(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
-    """Sums in an array of N/2 rows, as many as can be repeated."""
+    """Sums in an array of N/2 rows, since at most N/2 indices occur twice."""
     length = (index.size + 1) // 2
     sizes, first = sizes_and_first(index, num_classes)
     repeated = (sizes > 1) & (index < DROPPED)
