@@ -34,9 +34,6 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
         example out.
       num_classes: number of classes C; the valid labels are 0 to C - 1.
 
-    Returns:
-      None.
-
     Raises:
       TypeError: if labels are not integers.
       ValueError: if a label is `num_classes` or more; the message gives the first one and its place. If num_classes is

@@ -76,8 +76,8 @@ def _labels(tree):
     if 'centers' not in jax.tree.leaves(labels):
         raise ValueError(
             "with_centers found no centers. Pass a tree with the keys 'params' and 'centers' at its top and no other, "
-            'for the parameters and for the gradients alike, with the RowUpdates of the step under centers; with nnx.Optimizer '
-            'pass wrt=(nnx.Param, centerloss_jax.nnx.Centers) and put the rows into the gradients as '
+            'for the parameters and for the gradients alike, with the RowUpdates of the step under centers; with '
+            'nnx.Optimizer pass wrt=(nnx.Param, centerloss_jax.nnx.Centers) and put the rows into the gradients as '
             f'centerloss_jax.nnx.Centers(rows). The top of this tree has the keys {names}'
         )
     return labels

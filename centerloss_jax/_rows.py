@@ -32,10 +32,10 @@ class RowUpdates:
 
     Rows are not gradients. The sum of two RowUpdates, over devices or over passes, would name other classes, since it
     adds the indices. Private constants detect arithmetic on all leaves, on the integer ones alone or on the floating
-    ones alone: such rows move nothing, and `center_update` counts them. Where a leaf has another dtype afterwards, as after a mean
-    or a cast, it is a TypeError. Reduce, clip and accumulate inside `with_centers`, and join the rows of several passes
-    by `concatenate_rows`. A `jax.lax.pmean` of the floating leaves alone is not detected, since it leaves constants as
-    they are.
+    ones alone: such rows move nothing, and `center_update` counts them. Where a leaf has another dtype afterwards, as
+    after a mean or a cast, it is a TypeError. Reduce, clip and accumulate inside `with_centers`, and join the rows of
+    several passes by `concatenate_rows`. A `jax.lax.pmean` of the floating leaves alone is not detected, since it
+    leaves constants as they are.
 
     Rows that `jax.vmap`, `jax.lax.scan` or `jax.pmap` has stacked have leading axes: indices `[..., N]` and values
     `[..., N, D]`. `concatenate_rows` joins them into rows that can be added to a table.

@@ -23,7 +23,7 @@ class Costs(NamedTuple):
 
     table: float  # s D C/k: the shard of the table, which the step updates in place
     dense: float  # 4 s D C/k: table, dense gradient and the two moments of Adam
-    temporaries: float  # at most 2 s B D, for any C
+    temporaries: float  # at most; grows with C only where C <= B
     traffic: float  # memory reads and writes of a step, without caches and temporaries
     network: float  # bytes received in a step
 
@@ -37,6 +37,9 @@ def step_costs(
     group gathers from its shard (B/n), and adds to the centers that move (2 B/k). On one device these are 5 B rows.
     Several devices also write and read the rows of the whole batch (2 B).
 
+    Temporaries: 64 bytes of indices for each example. Where C <= B also the sums of the classes (C rows). On several
+    devices also the rows of the whole batch, twice.
+
     Network, with ring collectives: an all-reduce of the gathered centers of a group, 2 (k-1)/k of B k/n rows, and an
     all-gather of the rows of the whole batch, (n-1)/n of B.
     """
@@ -46,7 +49,8 @@ def step_costs(
     gathered = 2 * batch_size if n > 1 else 0
     traffic = row * (3 * batch_size / n + 2 * batch_size / k + gathered)
     network = row * (2 * (k - 1) / k * batch_size / data + (n - 1) / n * batch_size)
-    return Costs(table, 4 * table, 2 * batch_size * row, traffic, network)
+    rows_held = (num_classes if num_classes <= batch_size else 0) + (2 * batch_size if n > 1 else 0)
+    return Costs(table, 4 * table, 64 * batch_size + row * rows_held, traffic, network)
 
 
 @dataclasses.dataclass(frozen=True)

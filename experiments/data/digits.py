@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.data.tfds_cache import lock, read, unfinished
+from experiments.data.tfds_cache import lock_cache, read, unfinished
 from experiments.launch.atomic_files import sync_tree
 
 
@@ -57,7 +57,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def prepare_once(copy: Path, make_builder: Callable[[], tfds.core.GeneratorBasedBuilder]) -> tfds.core.DatasetBuilder:
     """The copy in this folder, prepared if it is not there; TFDS puts it there when it is complete."""
     if not copy.exists():
-        with lock(copy.parent):
+        with lock_cache(copy.parent):
             if not copy.exists():
                 for left in unfinished(copy.parent):
                     shutil.rmtree(left)

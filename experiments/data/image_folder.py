@@ -27,7 +27,7 @@ from experiments.data.tfds_cache import DataError
 FALLBACK_SIZE = (64, 64)
 
 # What turns an image upright, by the orientation in its EXIF.
-TURNS = {
+ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -126,7 +126,7 @@ def open_image(path: Path) -> tuple[Image.Image, bool, bool]:
         The image, whether it had such parts, and whether its metadata is damaged.
     """
     image, odd = _decoded(path)
-    if not odd and (turn := TURNS.get(_orientation(image))) is not None:
+    if not odd and (turn := ORIENTATIONS.get(_orientation(image))) is not None:
         image = image.transpose(turn)
     grey = image.mode in ('1', 'L', 'LA') or image.mode.startswith('I')
     if image.mode.startswith('I'):  # 16 bits a pixel

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from experiments.data.tfds_cache import DataError, find, lock, unfinished
+from experiments.data.tfds_cache import DataError, find, lock_cache, unfinished
 
 # How long the first answer to a download may take, in seconds: long enough for a slow proxy, and short enough for the
 # error to be there within 20, of which TensorFlow's import takes up to 8. What has begun to arrive may take as long as
@@ -36,7 +36,7 @@ def public(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             'or pass the --data-dir of a copy prepared elsewhere as array_record, which is read without it.'
         )
     if copy is None:
-        with lock(data_dir):
+        with lock_cache(data_dir):
             copy = find(name, data_dir) or _prepare(name, data_dir)
     return copy
 

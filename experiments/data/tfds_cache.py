@@ -25,7 +25,7 @@ FEATURES = {
 
 
 # What TFDS names the folder of a copy or of a download that it has not finished.
-UNFINISHED = re.compile(r'incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+|.+\.tmp\.[0-9a-f]{32}')
+_UNFINISHED = re.compile(r'incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+|.+\.tmp\.[0-9a-f]{32}')
 
 
 class DataError(Exception):
@@ -33,7 +33,7 @@ class DataError(Exception):
 
 
 @contextlib.contextmanager
-def lock(data_dir: Path) -> Iterator[None]:
+def lock_cache(data_dir: Path) -> Iterator[None]:
     """Lets one process prepare; the others of the same run wait, and then find the copy there."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with atomic_files.lock(data_dir / '.lock'):
@@ -42,7 +42,7 @@ def lock(data_dir: Path) -> Iterator[None]:
 
 def unfinished(folder: Path) -> list[Path]:
     """Returns the folders at any depth that TFDS writes a copy or a download to before it renames them."""
-    paths = [path for path in folder.rglob('*') if UNFINISHED.fullmatch(path.name)]
+    paths = [path for path in folder.rglob('*') if _UNFINISHED.fullmatch(path.name)]
     return [path for path in paths if path.is_dir() and not path.is_symlink()]
 
 

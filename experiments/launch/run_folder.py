@@ -116,7 +116,7 @@ class Run:
         """Returns whether a run of these settings is there and its page and all files of these names are whole."""
         if not self.resumed or not self.config().items() >= plain(settings).items():
             return False
-        return all(_whole(self.out / name) for name in (PAGES[-1], *names))
+        return all(is_whole(self.out / name) for name in (PAGES[-1], *names))
 
     def start(self, config: Mapping[str, Any], identity: Mapping[str, str]) -> None:
         """Makes the folder and saves the settings, and what tells the data from others.
@@ -208,7 +208,7 @@ def _table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     try:
         if path.suffix == '.json':
             return bool(read_json(path))

@@ -36,7 +36,7 @@ from experiments.train.step import Tally
 KEPT = 2
 
 # What Orbax names the folder of a save that it has not finished; older releases add the time.
-UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp(-\d+)?')
+_UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp(-\d+)?')
 
 # How TensorStore tells the number of an error of the system.
 OS_ERROR = re.compile(r"\[OS error (\d+)|os_error_code='(\d+)'")
@@ -270,7 +270,7 @@ def _checksum(state: Any, rest: dict[str, Any]) -> int:
 def _unfinished(folder: Path) -> list[Path]:
     """Returns the folders that Orbax writes a save to before it renames them; other files may be anyone's."""
     paths = _listed(folder)
-    return [path for path in paths if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    return [path for path in paths if _UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def _steps(folder: Path) -> list[int]:

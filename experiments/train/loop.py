@@ -32,6 +32,7 @@ from experiments.launch.run_folder import (
     RunError,
     environment,
     in_a_line,
+    is_whole,
 )
 from experiments.launch.stopping import Stop
 from experiments.train.checkpoint import RECIPE, Checkpoints, newest
@@ -100,7 +101,7 @@ class Job:
     def _check_columns(self) -> None:
         """Raises RunError if metrics.csv of the resumed run lacks a column that this version writes."""
         path = self.run.out / METRICS
-        rows = self.run.metrics() if path.exists() else []
+        rows = self.run.metrics() if is_whole(path) else []
         missing = [name for name in Metrics._fields if rows and name not in rows[0]]
         if missing:
             raise RunError(

@@ -705,7 +705,7 @@ def test_a_run_goes_on_without_the_snapshots_that_are_lost_and_names_them(whole,
     capsys.readouterr()
     assert run(*QUICK, '--epochs', 3, '--out', out, '--resume') == 0
     said = capsys.readouterr().out
-    assert 'softmax-1.npz is missing; the film leaves out epoch 1' in said
+    assert 'softmax-1.npz is missing; the animation leaves out epoch 1' in said
     assert 'center-0.npz is damaged' in said
     with Image.open(out / 'features.gif') as film:
         assert getattr(film, 'n_frames', 1) == 2
