@@ -27,7 +27,8 @@ from experiments.data.batches import process_slice, steps_of, train_batches
 from experiments.data.load import load
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import DeviceFlags, flag
+from experiments.launch.errors import FlagError
+from experiments.launch.flags import DeviceFlags, Folder, flag
 from experiments.launch.mesh import choose
 from experiments.launch.run_folder import check_folder, environment, in_a_line
 from experiments.plots.step_times import draw_step_times
@@ -55,17 +56,17 @@ class Config(DeviceFlags):
     """blocks of eight steps that an arm is timed for in each of three turns"""
     allocator: Literal['default', 'kept', 'both'] = 'both'
     """glibc's settings: as they are, or such that freed memory is kept, or on a CPU one after the other"""
-    out: Path = Path('runs/benchmark')
+    out: Folder = Path('runs/benchmark')
     """folder for the table and the picture; what an earlier benchmark wrote there is replaced"""
 
     def __post_init__(self):
         super().__post_init__()
         for name in ('batch_sizes', 'classes'):
             if min(getattr(self, name), default=0) < 1:
-                raise ValueError(f'{flag(name)} must be numbers of 1 or more, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be numbers of 1 or more, got {getattr(self, name)}')
         for name in ('feature_dim', 'rounds'):
             if getattr(self, name) < 1:
-                raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
 
 
 def main(config: Config) -> None:

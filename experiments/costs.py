@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from experiments.launch import cli
+from experiments.launch.errors import FlagError
 from experiments.launch.flags import flag
 from experiments.launch.mesh import mesh_sizes
 
@@ -67,7 +68,9 @@ class Config:
     def __post_init__(self):
         for name in ('num_classes', 'num_features', 'batch_size', 'itemsize'):
             if getattr(self, name) < 1:
-                raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if not self.meshes:
+            raise FlagError('--meshes must name at least one mesh')
         for mesh in self.meshes:
             mesh_sizes(mesh)
 

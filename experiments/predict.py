@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import simple_parsing
 from rich.console import Console
 
 from experiments.data.image_files import SUFFIXES
@@ -19,7 +18,7 @@ from experiments.data.splits import Split, pixels
 from experiments.data.tfds_cache import DataError
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import DeviceFlags
+from experiments.launch.flags import DeviceFlags, Folder, OptionalFolder
 from experiments.launch.mesh import choose
 from experiments.launch.run_folder import CHECKPOINTS, CONFIG, RunError, check_folder, read_json
 from experiments.plots.contact_sheet import draw_contact_sheet
@@ -39,15 +38,15 @@ class Config(DeviceFlags):
 
     images: str
     """a folder of PNG or JPEG files, at any depth; or a split of a dataset, such as digits:test"""
-    run: Path = Path('runs/toy2d')
+    run: Folder = Path('runs/toy2d')
     """the --out of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
     """which of its networks, such as softmax or center-3; by default the first one with center loss"""
-    data_dir: Path | None = None
+    data_dir: OptionalFolder = None
     """where prepared sets are and go; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
-    out: Path | None = None
+    out: OptionalFolder = None
     """folder for what is written; by default predictions in the folder of the run, where earlier ones are replaced"""
-    overwrite: bool = simple_parsing.field(default=False, action='store_true')
+    overwrite: bool = False
     """replace the predictions that --out holds"""
     parallel: Literal['auto', 'none'] = 'auto'
     """devices that share the images: auto is all of them, none the first alone"""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
-import simple_parsing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -22,7 +21,8 @@ from experiments.data.load import Dataset
 from experiments.data.open_set import OpenSet
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
+from experiments.launch.errors import FlagError
+from experiments.launch.flags import Common, DeviceFlags, Folder, check_alpha, check_weight
 from experiments.launch.mesh import Devices, choose
 from experiments.launch.run_folder import CELLS, Run, environment, in_a_line
 from experiments.launch.stopping import Stop
@@ -62,7 +62,7 @@ class Config(Common, DeviceFlags):
         *(field.name for field in dataclasses.fields(DeviceFlags)),
     )
 
-    out: Path = Path('runs/sweep')
+    out: Folder = Path('runs/sweep')
     """folder that the sweep is written to"""
     feature_dim: int = 64
     """number of feature dimensions; weights.png has 2 in any case"""
@@ -83,7 +83,7 @@ class Config(Common, DeviceFlags):
     parallel: Literal['auto', 'pmap', 'none'] = 'auto'
     """auto is a process to a CPU core, each with cells of its own, or, with --mesh or several processes, a cell at a
     time on all of their devices; pmap a cell at a time on all devices by jax.pmap, none on the first alone"""
-    resume: bool = simple_parsing.field(default=False, action='store_true')
+    resume: bool = False
     """go on with the sweep that --out holds, or start it; --weights, --alphas and --seeds may be others"""
 
     def __post_init__(self):
@@ -96,13 +96,13 @@ class Config(Common, DeviceFlags):
         for alpha in self.alphas:
             check_alpha(alpha, '--alphas')
         if not self.weights or not self.alphas:
-            raise ValueError('--weights and --alphas must name one value or more')
+            raise FlagError('--weights and --alphas must name one value or more')
         if self.seeds < 1:
-            raise ValueError(f'--seeds must be at least 1, got {self.seeds}')
+            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
         if self.workers < 0:
-            raise ValueError(f'--workers must be 0 or more, got {self.workers}')
+            raise FlagError(f'--workers must be 0 or more, got {self.workers}')
         if self.workers and not self.on_cores:
-            raise ValueError('--workers are processes on CPU cores; leave out what names other devices')
+            raise FlagError('--workers are processes on CPU cores; leave out what names other devices')
 
     @property
     def on_cores(self) -> bool:

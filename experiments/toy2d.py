@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from experiments.data.load import Dataset
 from experiments.launch import cli, processes
-from experiments.launch.flags import Settings
+from experiments.launch.flags import Folder, Settings
 from experiments.launch.run_folder import SNAPSHOTS, Run
 from experiments.plots.features import animate_features, draw_features
 from experiments.plots.report import write_report
@@ -36,7 +36,7 @@ class Config(Settings):
 
     PROGRAM: ClassVar[str] = 'experiments.toy2d'
 
-    out: Path = Path('runs/toy2d')
+    out: Folder = Path('runs/toy2d')
     """folder that the run is written to"""
 
 

@@ -18,7 +18,8 @@ from rich.table import Column, Table
 from experiments.data.open_set import OpenSet, divide
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import Settings
+from experiments.launch.errors import FlagError
+from experiments.launch.flags import Folder, Settings
 from experiments.plots.curves import draw_roc
 from experiments.plots.report import MEASURES, write_report
 from experiments.train.evaluate import evaluate, judge
@@ -35,7 +36,7 @@ class Config(Settings):
 
     PROGRAM: ClassVar[str] = 'experiments.verification'
 
-    out: Path = Path('runs/verification')
+    out: Folder = Path('runs/verification')
     """folder that the run is written to"""
     feature_dim: int = 64
     """number of feature dimensions"""
@@ -52,7 +53,7 @@ class Config(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.seeds < 1:
-            raise ValueError(f'--seeds must be at least 1, got {self.seeds}')
+            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
 
 
 def main(config: Config) -> None:

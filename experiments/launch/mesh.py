@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
+from experiments.launch.errors import FlagError
 
 AXES = ('data', 'classes')
 
@@ -118,7 +119,7 @@ def choose(parallel: str, mesh: str | None = None) -> Devices:
     if mesh is not None:
         sizes = mesh_sizes(mesh)
         if math.prod(sizes.values()) != len(found):
-            raise ValueError(f'--mesh {mesh} has {math.prod(sizes.values())} devices, but there are {len(found)}')
+            raise FlagError(f'--mesh {mesh} has {math.prod(sizes.values())} devices, but there are {len(found)}')
         return over_mesh(found, sizes)
     if parallel == 'pmap':
         return Devices(found, axis_name='data', mesh=None)
@@ -139,7 +140,7 @@ def mesh_sizes(mesh: str) -> dict[str, int]:
     for axis in mesh.split(','):
         name, _, size = axis.partition('=')
         if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise ValueError(
+            raise FlagError(
                 f'--mesh must name the axes {" and ".join(AXES)}, or one of them, each once with its number of '
                 f'devices, such as data=2,classes=4; got {mesh}'
             )

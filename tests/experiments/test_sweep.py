@@ -101,6 +101,13 @@ def test_softmax_alone_and_a_picture_of_two_dimensions_are_cells_of_each_sweep()
     assert Cell(0.0, 0.5, 4, 64) in cells
 
 
+@pytest.mark.parametrize('flag', ['--weights', '--alphas'])
+def test_no_value_for_a_list_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsys, flag):
+    assert run('--out', tmp_path / 'run', flag) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert flag in error
+
+
 @pytest.mark.parametrize(
     ('flag', 'value'),
     [('--weights', '-1'), ('--alphas', '2'), ('--seeds', '0'), ('--workers', '-1'), ('--held-out', 'all')],
