@@ -70,15 +70,15 @@ class Config(DeviceFlags):
 
 
 def main(config: Config) -> None:
-    console = Console(quiet=not processes.first())
-    if processes.first():
+    console = Console(quiet=not processes.is_main_process())
+    if processes.is_main_process():
         check_folder(config.out)  # before a quarter of an hour is spent
     tell = partial(console.print, highlight=False, soft_wrap=True)
     devices = config.start()
     for size in config.batch_sizes:
         process_slice(size, jax.process_index(), jax.process_count(), '--batch-sizes')
     tell(in_a_line(environment(devices)))
-    torch = pytorch.installed() if processes.first() else None
+    torch = pytorch.installed() if processes.is_main_process() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so its arms are missing')
     arms: dict[str, Callable[[Problem], Implementation | None]] = ours.layouts(devices, config.mesh)
     if torch:
@@ -95,7 +95,7 @@ def main(config: Config) -> None:
         tell(f'allocator: {allocator}; a large array is copied at {copied}, read and write together')
         console.print(timing_table(measured))
         rows += measured
-    if not processes.first():
+    if not processes.is_main_process():
         return
     if jax.process_count() == 1:
         rows += measure_toy(config, torch, console)

@@ -53,7 +53,7 @@ class Config(DeviceFlags):
 
 
 def main(config: Config) -> None:
-    console = Console(quiet=not processes.first())
+    console = Console(quiet=not processes.is_main_process())
     class_names, reach = read_known(config.run)
     arm = config.arm or next((arm for arm in reach if arm.startswith('center')), '')
     if arm not in reach:
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     devices = config.start()
     state = restored(settings, config.run / CHECKPOINTS / arm)
     features, _, _ = embed(state, split, devices)
-    if not processes.first():
+    if not processes.is_main_process():
         return
     classes, distances = nearest(state, features)
     unknown = ~(distances <= reach[arm])
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
 def _folder(config: Config) -> Path:
     """Where the predictions go. In a folder of the user's own choice nothing is replaced unasked."""
     out = config.out or config.run / 'predictions'
-    if processes.first():
+    if processes.is_main_process():
         check_folder(out)
     taken = [name for name in (_TABLE, _PICTURE) if (out / name).exists()]
     if taken and config.out and not config.overwrite:

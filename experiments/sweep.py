@@ -117,7 +117,7 @@ class Config(Common, DeviceFlags):
 def main(config: Config) -> None:
     if config.on_cores:  # before anything asks for a device: accelerators are left to others
         jax.config.update('jax_platforms', 'cpu')
-    console = Console(quiet=not processes.first())
+    console = Console(quiet=not processes.is_main_process())
     devices = choose('none') if config.on_cores else config.start()
     surroundings = environment(devices)
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
 
     cells = cells_of(config)
     train_cells(config, cells, open_set, folder, devices, console)
-    if not processes.first():
+    if not processes.is_main_process():
         return
     rows = [cell.read(folder) for cell in cells]
     write_table(run.out / _TABLE, rows)

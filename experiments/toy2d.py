@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     summary = job.train(arms, look, finish)
     job.run.write_summary(summary)
     job.console.print(summary_table(summary))
-    if processes.first():
+    if processes.is_main_process():
         write_known(job.run.out, data.class_names, reach)
         _draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
     job.tell(f'{job.run.out / "report.html"} has the pictures and all numbers')

@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     summary = compare(rows)
     job.run.write_summary(summary)
     job.console.print(interval_table(summary))
-    if processes.first():
+    if processes.is_main_process():
         write_table(job.run.out / _TABLE, rows)
         write_known(job.run.out, open_set.known.class_names, reach)
         _draw(config, job, open_set, rocs, summary)

@@ -1,7 +1,6 @@
 """The command line of a program: a frozen dataclass declares the flags, their defaults and their help."""
 
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -11,7 +10,6 @@ from experiments.data.tfds_cache import DataError
 from experiments.launch import processes
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import DeviceFlags
-from experiments.launch.rendezvous import JoinError
 from experiments.launch.run_folder import RunError
 from experiments.launch.stopping import Stopped
 
@@ -25,16 +23,7 @@ def main(
     how to continue, if SIGINT or SIGTERM stopped the run.
     """
     prog = f'python -m {prog}'
-    code, message = _outcome(config_class, experiment, prog, argv)
-    if message:
-        sys.stderr.write(f'{prog}: {message}\n')
-    processes.fail(code, message)
-    sys.exit(code)
-
-
-def _outcome(
-    config_class: type, experiment: Callable[[Any], None], prog: str, argv: Sequence[str] | None
-) -> tuple[int, str]:
+    code, message = 0, ''
     try:
         config = tyro.cli(
             config_class,
@@ -44,19 +33,16 @@ def _outcome(
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         if isinstance(config, DeviceFlags):
-            config.join()
+            config.initialize()
         experiment(config)
-        processes.leave()
-    except (DataError, FlagError, JoinError, RunError, ValueError) as error:
-        return 2, str(error)
+        processes.barrier('exit')
+    except (DataError, FlagError, RunError, ValueError) as error:
+        code, message = 2, str(error)
     except Stopped as stopped:
-        processes.leave()  # all have stopped at the same step
-        return stopped.exit_code, str(stopped)
+        code, message = stopped.exit_code, str(stopped)
+        processes.barrier('exit')
     except KeyboardInterrupt:
-        return 130, 'interrupted'
-    except Exception:
-        if not processes.several():
-            raise
-        processes.look_for_the_lost()
-        return 1, traceback.format_exc()
-    return 0, ''
+        code, message = 130, 'interrupted'
+    if message:
+        sys.stderr.write(f'{prog}: {message}\n')
+    sys.exit(code)

@@ -20,6 +20,9 @@ LARGEST = float(np.finfo(np.float32).max)
 # A batch may be larger than the train split, up to this size. The missing examples are padding.
 LARGEST_PADDED_BATCH = 1024
 
+# Flags that may differ between the processes of one run.
+LOCAL = ('coordinator', 'process_id', 'data_dir', 'out')
+
 
 def flag(name: str) -> str:
     """Returns the flag of a field, such as --data-dir."""
@@ -165,10 +168,15 @@ class DeviceFlags:
                 if given:
                     raise FlagError(f'{flag} requires --parallel auto; remove --parallel {self.parallel}')
 
-    def join(self) -> None:
-        """Starts `jax.distributed` if the flags ask for it. Call it before anything else uses a device."""
+    def initialize(self) -> None:
+        """Starts `jax.distributed` if the flags ask for it, and checks that all processes have the same flags.
+
+        Call it before anything else uses a device.
+        """
         if self.distributed or self.coordinator is not None:
-            processes.join(self.coordinator, self.num_processes, self.process_id)
+            processes.initialize(self.coordinator, self.num_processes, self.process_id)
+            settings = dataclasses.asdict(self)
+            processes.check_same({flag(name): value for name, value in settings.items() if name not in LOCAL})
 
     def start(self) -> Devices:
         """Returns the devices of all processes that the flags select."""

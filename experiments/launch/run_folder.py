@@ -75,7 +75,7 @@ class Run:
     """
 
     def __init__(self, out: Path, *, overwrite: bool, resume: bool = False):
-        if processes.first():
+        if processes.is_main_process():
             check_folder(out)
         held = (out / CONFIG).exists()
         if all(processes.largest(held, not held)):
@@ -108,10 +108,10 @@ class Run:
         """
         if self.resumed and (self.out / METRICS).exists():
             self.rows = self.metrics()
-        processes.together('all have seen the folder')
-        if processes.first():
+        processes.barrier('all have seen the folder')
+        if processes.is_main_process():
             self._clear(config)
-        processes.together('the folder is made')
+        processes.barrier('the folder is made')
 
     def _clear(self, config: Mapping[str, Any]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ class Run:
         self.rows.append(dict(row))
         arms = list(dict.fromkeys(row['arm'] for row in self.rows))
         self.rows.sort(key=lambda row: arms.index(row['arm']))
-        if processes.first():
+        if processes.is_main_process():
             write_table(self.out / METRICS, self.rows)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ class Run:
         return read_json(self.out / CONFIG)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        if processes.first():
+        if processes.is_main_process():
             write_json(self.out / SUMMARY, summary)
 
 

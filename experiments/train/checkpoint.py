@@ -60,8 +60,8 @@ class Checkpoints:
             self._calls += 1
             if self._calls % AGREE_EVERY:
                 return False
-            (wanted,) = self._stop.agree(wanted)
-        return self._stop.asked or bool(wanted)
+            (wanted,) = self._stop.synchronize(wanted)
+        return self._stop.requested or bool(wanted)
 
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None:
         """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped."""
@@ -73,18 +73,18 @@ class Checkpoints:
         }
         self._manager.save(int(host.step), args=ocp.args.Composite(**items), force=True)
         self._last = time.monotonic()
-        if self._stop.asked:
+        if self._stop.requested:
             self._manager.wait_until_finished()
-            self._stop.obey()
+            self._stop.raise_if_requested()
 
     def restore(
         self, like: TrainState, batches: grain.DatasetIterator, tell: Callable[[str], None]
     ) -> tuple[TrainState, Tally] | None:
         """The newest save that is whole, or None; `batches` go on from there. Those after it are named and removed."""
-        for path in _unfinished(self._folder, self._manager) if processes.first() else ():
+        for path in _unfinished(self._folder, self._manager) if processes.is_main_process() else ():
             tell(f'{path} is unfinished; it is left out')
             shutil.rmtree(path)
-        processes.together('unfinished saves are gone')
+        processes.barrier('unfinished saves are gone')
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 _check_shapes(self._manager.item_metadata(step)['state'], like)

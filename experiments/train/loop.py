@@ -45,7 +45,7 @@ class Job:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.devices = settings.start()
-        self.console = Console(quiet=not processes.first())
+        self.console = Console(quiet=not processes.is_main_process())
         self._surroundings = environment(self.devices)
         self.tell(in_a_line(self._surroundings))
         self.run = Run(settings.out, overwrite=settings.overwrite, resume=settings.resume)
@@ -112,7 +112,7 @@ class Job:
         model = Classifier(settings.model, settings.feature_dim, self.data.num_classes)
         step = self.devices.compile(train_step)
         go_on = dataclasses.replace(settings, resume=True, overwrite=False).command()
-        traces = settings.profile and processes.first()
+        traces = settings.profile and processes.is_main_process()
         profile = traced(step, self.run.out / PROFILE) if traces else nullcontext(step)
         results = {}
         with Progress(self.console) as progress, Stop(go_on) as stop, profile as step:
@@ -154,7 +154,7 @@ class Job:
             look(0, one)
         else:
             self.tell(f'the {arm.name} arm goes on after {epochs} epochs and {tally.steps} steps')
-        writes = self.settings.tensorboard and processes.first()
+        writes = self.settings.tensorboard and processes.is_main_process()
         scalars = Scalars(self.run.out / TENSORBOARD / arm.name, rows) if writes else None
         progress.start(arm.name, last * steps, int(host.step))
         for epoch in range(epochs + 1, last + 1):

@@ -37,7 +37,7 @@ class History:
         """Keeps the snapshot of the epoch that comes next; the earlier ones of a resumed arm are read."""
         self.read(snapshot.epoch - 1)
         self.snapshots.append(snapshot)
-        if processes.first():
+        if processes.is_main_process():
             self._folder.mkdir(exist_ok=True)
             save_snapshot(self._path(snapshot.epoch), snapshot)
 

@@ -131,6 +131,6 @@ def test_a_sweep_that_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(sweep, 'work_on_cores', interrupted)
         assert run(*FLAGS, '--out', tmp_path / 'sweep') == 143
-    assert 'To go on: python -m experiments.sweep' in capsys.readouterr().err
+    assert 'To continue: python -m experiments.sweep' in capsys.readouterr().err
     assert run(*FLAGS, '--out', tmp_path / 'sweep', '--resume') == 0
     assert table(tmp_path / 'sweep') == table(whole)
