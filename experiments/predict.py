@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     out = _folder(config)
     names, split = _images(config, settings['image_shape'])
     devices = config.start()
-    state = restored(settings, config.run / CHECKPOINTS / arm)
+    state = restored(settings, config.run / CHECKPOINTS / arm, arm)
     features, _, _ = embed(state, split, devices)
     if not processes.is_main_process():
         return
@@ -93,9 +93,9 @@ def _folder(config: Config) -> Path:
     return out
 
 
-def restored(settings: dict[str, Any], folder: Path) -> Any:
+def restored(settings: dict[str, Any], folder: Path, arm: str) -> Any:
     """The state of a run's arm as far as it is needed to label images: no optimizer is read."""
-    saved = saved_params(folder)
+    saved = saved_params(folder, arm)
     model = Classifier(settings['model'], settings['feature_dim'], settings['num_classes'])
     state = create_state(model, tuple(settings['image_shape']), 0, 1.0, 0.0, choose('none'))
     return state.replace(params=saved)

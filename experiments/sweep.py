@@ -24,7 +24,7 @@ from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import Common, DeviceFlags, Folder, check_alpha, check_weight
 from experiments.launch.mesh import Devices, choose
-from experiments.launch.run_folder import CELLS, Run, environment, in_a_line
+from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, in_a_line
 from experiments.launch.stopping import Stop
 from experiments.plots.curves import draw_sweep
 from experiments.plots.features import draw_features
@@ -123,7 +123,7 @@ def main(config: Config) -> None:
     console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
     wanted = {name: getattr(config, name) for name in ('weights', 'alphas', 'seeds')}
-    if run.finished({**config.decisive(), **wanted}):
+    if run.finished({**config.decisive(), **wanted}, (_TABLE, SUMMARY, ACCURACY, WEIGHTS)):
         console.print(f'{run.out / "report.html"} has it all: the sweep is finished', highlight=False, soft_wrap=True)
         return
     open_set = load_open_set(config, config.held_out)

@@ -42,7 +42,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     job = Job(config)
-    if job.finished():
+    if job.finished('features.png', 'features.gif'):
         return
     data = job.load()
     job.start(data)

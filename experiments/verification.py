@@ -58,7 +58,7 @@ class Config(Settings):
 
 def main(config: Config) -> None:
     job = Job(config)
-    if job.finished():
+    if job.finished(_TABLE, _PICTURE):
         return
     open_set = divide(job.load(), config.held_out)
     for note in open_set.known.notes:

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments.data.tfds_cache import lock, read
+from experiments.launch.atomic_files import sync_tree
 
 
 def digits(data_dir: Path) -> tfds.core.DatasetBuilder:
@@ -63,6 +64,7 @@ def prepare_once(copy: Path, make_builder: Callable[[], tfds.core.GeneratorBased
                 tfds.disable_progress_bar()
                 with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
                     make_builder().download_and_prepare(file_format='array_record')
+                sync_tree(copy)
     return read(copy)
 
 

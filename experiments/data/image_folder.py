@@ -7,6 +7,7 @@ prints, or an error before anything is prepared.
 import collections
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from experiments.data.digits import classification_info, prepare_once
 from experiments.data.image_files import Splits, find_images, fingerprint
+from experiments.data.splits import FORMATS
 from experiments.data.tfds_cache import DataError
 
 # Width and height where fewer than half of the images share a size: small, and things can be recognised.
@@ -29,8 +31,8 @@ def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder
     home = data_dir / 'image_folders' / f'{folder.name}-{place}-{fingerprint(splits)}'
     copy = home / ImageFolder.name / str(ImageFolder.VERSION)
     builder = prepare_once(copy, lambda: ImageFolder(folder, splits, data_dir=home))
-    for other in home.parent.glob(f'*-{place}-*'):
-        if other != home:
+    for other in home.parent.iterdir():
+        if other != home and re.fullmatch(f'.*-{place}-[0-9a-f]{{16}}', other.name):
             shutil.rmtree(other, ignore_errors=True)
     return builder, (*notes, *builder.info.description.splitlines())
 
@@ -96,7 +98,7 @@ def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, li
 
 def open_image(path: Path) -> tuple[Image.Image, bool]:
     """The image of a file upright, in mode L or RGB, transparent parts laid on white; and whether it had such parts."""
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         image = ImageOps.exif_transpose(file)
     grey = image.mode in ('1', 'L', 'LA') or image.mode.startswith('I')
     if image.mode.startswith('I'):  # 16 bits a pixel
@@ -111,7 +113,7 @@ def open_image(path: Path) -> tuple[Image.Image, bool]:
 
 def _image_or_path(path: Path, size: tuple[int, int], mode: str) -> Image.Image | str:
     """The path where the file can be stored as it is, which keeps a JPEG small."""
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         upright = file.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if file.size == size and file.mode == mode and upright and not file.has_transparency_data:
             return str(path)

@@ -16,6 +16,9 @@ from PIL import Image
 # A split that takes more than this when decoded, in bytes, stays encoded.
 MEMORY_LIMIT = 2 * 2**30
 
+# What Pillow may read, whatever a file is called: EPS would start Ghostscript. To Pillow an MPO is a JPEG here.
+FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP')
+
 # Pillow's name for so many channels.
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
@@ -84,7 +87,7 @@ class LazySplit:
 
 
 def _decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
-    with Image.open(io.BytesIO(encoded)) as file:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as file:
         return pixels(file, image_shape)
 
 

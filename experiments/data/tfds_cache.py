@@ -4,14 +4,24 @@ A copy is looked for by its folder alone, so that no other version of its code k
 """
 
 import contextlib
-import fcntl
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_builder
+
+from experiments.launch import atomic_files
+
+# The features that a copy may have, by the name that TFDS writes.
+FEATURES = {
+    f'{feature.__module__}.{feature.__qualname__}'
+    for feature in vars(tfds.features).values()
+    if isinstance(feature, type) and issubclass(feature, tfds.features.FeatureConnector)
+}
 
 
 class DataError(Exception):
@@ -22,8 +32,7 @@ class DataError(Exception):
 def lock(data_dir: Path) -> Iterator[None]:
     """Lets one process prepare; the others of the same run wait, and then find the copy there."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / '.lock').open('w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with atomic_files.lock(data_dir / '.lock'):
         yield
 
 
@@ -49,10 +58,34 @@ def find(name: str, data_dir: Path) -> tfds.core.DatasetBuilder | None:
     return read(versions[-1]) if versions else None
 
 
+def _check_features(path: Path) -> None:
+    """Raises DataError if a copy names a class that is no feature of TFDS, which imports any module named there."""
+    if not path.exists():
+        return
+    for name in _class_names(path.read_text(encoding='utf-8')):
+        if name not in FEATURES:
+            raise DataError(f'{path} names {name}, which is no feature of TFDS; nothing is imported for it')
+
+
+def _class_names(text: str) -> Iterator[str]:
+    """Yields the names of classes at any depth, repeated keys and documents within documents included."""
+    pairs: list[tuple[str, Any]] = []
+    json.loads(text, object_pairs_hook=lambda found: pairs.extend(found) or dict(found))
+    for key, value in pairs:
+        if key in ('pythonClassName', 'python_class_name', 'type') and isinstance(value, str):
+            yield value
+        elif key == 'content' and isinstance(value, str):
+            with contextlib.suppress(json.JSONDecodeError):
+                yield from _class_names(value)
+
+
 def read(folder: Path) -> tfds.core.DatasetBuilder:
     """The copy in this folder, which must be ArrayRecord: the format with random access."""
     try:
+        _check_features(folder / 'features.json')
         builder = tfds.builder_from_directory(folder)
+    except DataError:
+        raise
     except Exception as error:  # whatever a damaged copy makes TFDS raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f'{folder} is not a dataset that TFDS can read: {reason}') from error

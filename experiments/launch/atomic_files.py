@@ -1,18 +1,72 @@
-"""Files that are there whole or not at all, whenever the process that writes them is killed."""
+"""Files that are there whole or not at all, whenever the process that writes them is killed or power is cut."""
 
+import contextlib
 import csv
+import fcntl
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def draft(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a new file beside `path`, and moves it there at the end. Follows no link that is at either place."""
+    beside = path.with_name(f'.{path.name}.draft')
+    beside.unlink(missing_ok=True)
+    with _open(beside, os.O_RDWR | os.O_EXCL) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync(path.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Waits until a folder, all in it and its own name are on the disk."""
+    for parent, _, names in os.walk(path):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def save_figure(path: Path, figure: Any, **options: Any) -> None:
+    """Saves a figure of Matplotlib in the format that the name of the file says."""
+    with draft(path) as file:
+        figure.savefig(file, format=path.suffix[1:], **options)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Locks a file, which is made if it is not there and keeps what it holds. The lock ends with the process.
+
+    Raises:
+      BlockingIOError: if another process holds the lock and `wait` is false.
+    """
+    with _open(path, os.O_RDWR) as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _open(path: Path, flags: int) -> IO[bytes]:
+    return open(os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), 'r+b')
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8, with line ends as they are in the text, beside the file's place and then moves it there."""
-    draft = path.with_name(f'.{path.name}.draft')
-    draft.write_text(text, encoding='utf-8', newline='')
-    os.replace(draft, path)
+    """Writes UTF-8, with line ends as they are in the text."""
+    with draft(path) as file:
+        file.write(text.encode())
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

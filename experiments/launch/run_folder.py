@@ -9,23 +9,30 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from PIL import Image
 
+from experiments.data.splits import FORMATS
 from experiments.launch import processes
-from experiments.launch.atomic_files import write_table, write_text
+from experiments.launch.atomic_files import lock, write_table, write_text
 from experiments.launch.mesh import Devices
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
 KNOWN = 'known.json'
+LOCK = '.lock'
 TABLES = ('verification.csv', 'sweep.csv')
 PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'report.html')
 FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile', 'cells')
 CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, CELLS = FOLDERS
+
+
+# The lock of the run that this process has begun. The kernel frees it when the process ends.
+_lock = contextlib.ExitStack()
 
 
 class RunError(Exception):
@@ -95,17 +102,23 @@ class Run:
                 'name another folder'
             )
         self.out = out
+        self._held = held
         self.resumed = held and resume
         self.rows: list[dict[str, Any]] = []
 
-    def finished(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a run of these settings is there with all that belongs to it. The page is written last."""
-        return self.resumed and (self.out / PAGES[-1]).exists() and self.config().items() >= plain(settings).items()
+    def finished(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
+        """Returns whether a run of these settings is there and its page and all files of these names are whole."""
+        if not self.resumed or not self.config().items() >= plain(settings).items():
+            return False
+        return all(_whole(self.out / name) for name in (PAGES[-1], *names))
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Makes the folder and saves the settings. Of what an earlier run wrote there, and nothing else, it removes
         all, or the results alone if that run is resumed. Of several processes the first one does it.
         """
+        if processes.is_main_process():
+            self._take()
+        processes.barrier('the folder is locked')
         if self.resumed and (self.out / METRICS).exists():
             self.rows = self.metrics()
         processes.barrier('all have seen the folder')
@@ -113,8 +126,20 @@ class Run:
             self._clear(config)
         processes.barrier('the folder is made')
 
-    def _clear(self, config: Mapping[str, Any]) -> None:
+    def _take(self) -> None:
+        """Locks the folder for this process, or raises RunError if another run is or was at work there."""
         self.out.mkdir(parents=True, exist_ok=True)
+        _lock.close()
+        try:
+            _lock.enter_context(lock(self.out / LOCK, wait=False))
+        except BlockingIOError as error:
+            raise RunError(f'--out {self.out} is in use by another run; wait for its end, or name another') from error
+        except OSError as error:
+            raise RunError(f'{self.out / LOCK} cannot be locked ({error.strerror}); name another --out') from error
+        if not self._held and (self.out / CONFIG).exists():
+            raise RunError(f'--out {self.out} holds a run that has begun since; name another folder')
+
+    def _clear(self, config: Mapping[str, Any]) -> None:
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
         if not self.resumed:  # the settings are replaced last: until then the rest is known as a run's
@@ -133,8 +158,20 @@ class Run:
                     'give that, or another --out'
                 )
 
-    def keep(self, arm: str, epochs: int) -> list[dict[str, Any]]:
-        """Drops the rows of an arm beyond its first `epochs` epochs, and returns those."""
+    def saved_rows(self, arm: str) -> list[dict[str, Any]]:
+        """Returns the rows of an arm as they would be read from metrics.csv."""
+        rows = (row for row in self.rows if row['arm'] == arm)
+        return [{key: _number(str(value)) for key, value in row.items()} for row in rows]
+
+    def keep(self, arm: str, epochs: int, saved: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+        """Drops the rows of an arm beyond its first `epochs` epochs, and returns those.
+
+        Where metrics.csv lacks rows, takes the `saved` ones.
+        """
+        if sum(row['arm'] == arm for row in self.rows) < len(saved):
+            self.rows = [row for row in self.rows if row['arm'] != arm]
+            for row in saved:
+                self.add_metrics(row)
         self.rows = [row for row in self.rows if row['arm'] != arm or row['epoch'] <= epochs]
         kept = [row for row in self.rows if row['arm'] == arm]
         if [row['epoch'] for row in kept] != list(range(1, epochs + 1)):
@@ -163,6 +200,18 @@ class Run:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.is_main_process():
             write_json(self.out / SUMMARY, summary)
+
+
+def _whole(path: Path) -> bool:
+    try:
+        if path.suffix == '.json':
+            return bool(read_json(path))
+        if path.suffix in ('.png', '.gif'):
+            with Image.open(path, formats=FORMATS) as image:
+                image.verify()
+        return path.stat().st_size > 0
+    except Exception:  # Pillow raises some ten types; the file is made again, whatever it was
+        return False
 
 
 def _remove(folder: Path) -> None:

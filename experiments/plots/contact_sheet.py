@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.launch.atomic_files import save_figure
+
 # Pictures on a sheet: more are too small to be recognised.
 MAX_IMAGES = 60
 IMAGES_A_ROW = 10
@@ -34,5 +36,5 @@ def draw_contact_sheet(
         axes.set_xlabel(captions[place], fontsize=8, color=color, parse_math=False)
         if doubtful[place]:
             axes.spines[:].set(visible=True, color=color, linewidth=2.5)
-    figure.savefig(path)
+    save_figure(path, figure)
     return figure

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from experiments.launch.atomic_files import save_figure
 from experiments.train.metrics import FARS, Interval, Roc, interval
 
 # Colours that the colour-blind can tell apart, and a line style for each.
@@ -36,7 +37,7 @@ def draw_roc(path: Path, arms: Mapping[str, Sequence[Roc]], *, title: str) -> Fi
     axes.grid(color='0.9')
     axes.legend(loc='upper left', frameon=False)
     figure.supxlabel(_caption(seeds), fontsize=9, color='0.35')
-    figure.savefig(path)
+    save_figure(path, figure)
     return figure
 
 
@@ -74,7 +75,7 @@ def draw_sweep(
     for axes in grid[0]:
         axes.legend(fontsize=8, frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3)
     figure.supxlabel(_caption(seeds), fontsize=9, color='0.35')
-    figure.savefig(path)
+    save_figure(path, figure)
     return figure
 
 

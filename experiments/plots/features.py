@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
+from experiments.launch.atomic_files import draft, save_figure
 from experiments.plots.panel import PALETTE, Panel, numbers_of, window_of
 from experiments.plots.projection import Plane, plane_of
 from experiments.train.snapshots import Snapshot
@@ -30,7 +31,7 @@ def draw_features(path: Path, arms: dict[str, Snapshot], class_names: Sequence[s
         Panel(column[0], plane, window, class_names).show(snapshot, 'train', f'{arm}, train set')
         Panel(column[1], plane, window, class_names).show(snapshot, 'test', f'{arm}, test set\n{numbers_of(snapshot)}')
     _lay_out_for_good(figure)
-    figure.savefig(path)
+    save_figure(path, figure)
     return figure
 
 
@@ -62,7 +63,8 @@ def animate_features(path: Path, history: dict[str, list[Snapshot]], class_names
     # It goes round, and begins at its end: what shows one frame only shows what came out.
     frames = [frames[-1], *frames[:-1]]
     durations = [2000] + [150] * (len(frames) - 1)  # milliseconds
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    with draft(path) as file:
+        frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def _figure(

@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.launch.atomic_files import save_figure
+
 # Told apart by colour, line and marker, so that print and the colour-blind lose nothing (Okabe and Ito's colours).
 ARM_STYLES = {
     'centerloss_jax': ('#000000', '-', 'o'),
@@ -46,4 +48,4 @@ def draw_step_times(path: Path, rows: list[dict[str, Any]]) -> None:
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc='outside right center', fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure, dpi=150)

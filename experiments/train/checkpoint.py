@@ -6,13 +6,16 @@ sums over the part of the epoch that is done. Nothing else is random or remember
 """
 
 import functools
+import itertools
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
 from experiments.launch import processes
+from experiments.launch.atomic_files import sync, sync_tree
 from experiments.launch.mesh import Devices
 from experiments.launch.run_folder import RunError
 from experiments.launch.stopping import Stop
@@ -30,21 +34,28 @@ from experiments.train.step import Tally
 
 KEPT = 2
 
+# What Orbax names the folder of a save that it has not finished; older releases add the time.
+UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp(-\d+)?')
+
 # Several processes must save at the same step. To agree on it each time would make them wait for their devices.
 AGREE_EVERY = 16
 
 RECIPE = (
-    'To keep the network and start new centers see "Runs that survive" in README: checkpoints.keep_network; '
-    'or name another --out'
+    'To keep the network and start new centers see "Runs that survive" in README: '
+    'experiments.train.checkpoint.keep_network; or name another --out'
 )
 
 
 class Checkpoints:
     """The saves of one arm in a folder of their own, `every` so many seconds. Use it in a `with` statement."""
 
-    def __init__(self, folder: Path, every: float, stop: Stop, devices: Devices):
+    def __init__(self, folder: Path, every: float, stop: Stop, devices: Devices, *, arm: str, seed: int):
         self._folder = folder
-        self._manager = _manager(folder, max_to_keep=KEPT)
+        self._whose = {'arm': arm, 'seed': seed}
+        self.rows: list[dict[str, Any]] = []  # the metrics of the epochs that are done, saved too
+        # Orbax calls it before it renames a save that it has written; only then does it remove an older one.
+        on_disk = ocp.AsyncOptions(post_finalization_callback=self._sync)
+        self._manager = _manager(folder, max_to_keep=KEPT, async_options=on_disk)
         self._every, self._stop, self._devices = every, stop, devices
         self._last, self._calls = time.monotonic(), 0
 
@@ -53,6 +64,8 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self._manager.close()
+        if processes.is_main_process():
+            sync(self._folder)
 
     def due(self) -> bool:
         wanted = time.monotonic() - self._last >= self._every
@@ -66,7 +79,7 @@ class Checkpoints:
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None:
         """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped."""
         host = self._devices.fetch(state)
-        rest = {'position': batches.get_state(), 'tally': tally}
+        rest = {'position': batches.get_state(), 'tally': tally, 'rows': self.rows, **self._whose}
         items = {
             'state': ocp.args.StandardSave(host),
             'rest': ocp.args.JsonSave({**rest, 'checksum': _checksum(host, rest)}),
@@ -77,25 +90,53 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._stop.raise_if_requested()
 
+    def _sync(self) -> None:
+        """Waits until a save is on the disk. Process 0 has written it."""
+        if processes.is_main_process():
+            for path in _unfinished(self._folder):
+                sync_tree(path)
+
     def restore(
         self, like: TrainState, batches: grain.DatasetIterator, tell: Callable[[str], None]
     ) -> tuple[TrainState, Tally] | None:
-        """The newest save that is whole, or None; `batches` go on from there. Those after it are named and removed."""
-        for path in _unfinished(self._folder, self._manager) if processes.is_main_process() else ():
+        """Returns the newest save that is whole, or None; `batches` go on from there.
+
+        Names the damaged saves after it and moves them aside.
+
+        Raises:
+          RunError: if a save does not fit `like`, or if the system fails to read one. Every save stays in place then.
+        """
+        for path in _unfinished(self._folder) if processes.is_main_process() else ():
             tell(f'{path} is unfinished; it is left out')
             shutil.rmtree(path)
         processes.barrier('unfinished saves are gone')
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in _steps(self._folder):
+            path, found, error = self._folder / str(step), None, None
             try:
-                _check_shapes(self._manager.item_metadata(step)['state'], like)
-                state, rest = _read(self._manager, step, like)
+                _check_readable(path)
+                shapes = self._manager.item_metadata(step)['state']
+                if shapes is None:
+                    raise ValueError('it lacks the metadata of its arrays')
+                _check_shapes(shapes, like)
+                found = _read(self._manager, step, like)
             except RunError:
                 raise
-            except Exception as error:  # whatever a damaged file leads to, in Orbax or in what is below it
-                tell(f'{self._folder / str(step)} is damaged; it is left out ({_reason(error)})')
-                self._manager.delete(step)
+            except Exception as caught:  # whatever a damaged file leads to, in Orbax or in what is below it
+                _check_system(path, caught)
+                error = caught
+            if any(processes.largest(found is None)):
+                reason = _reason(error) if error else 'another process could not read it'
+                if processes.is_main_process():
+                    aside = _move_aside(path)
+                    tell(f'{path} is damaged; it is left out and now {aside.name} ({reason})')
+                processes.barrier('a damaged save is aside')
+                self._manager.reload()
                 continue
+            assert found is not None
+            state, rest = found
+            _check_whose(path, rest, self._whose)
             batches.set_state(rest['position'])
+            self.rows = rest['rows']
             return state, Tally(*rest['tally'])
         return None
 
@@ -105,18 +146,29 @@ def newest(folder: Path) -> int:
     return max((int(path.name) for path in folder.glob('*/*') if path.name.isdecimal()), default=0)
 
 
-def saved_params(folder: Path | str) -> dict[str, Any]:
-    """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy."""
+def saved_params(folder: Path | str, arm: str = '') -> dict[str, Any]:
+    """Parameters and centers of the newest save in a folder of one arm, `{'params': ..., 'centers': ...}`, in NumPy.
+
+    If `arm` is given, the save must be of that arm.
+    """
     logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that it will not write
     with _manager(Path(folder), read_only=True, create=False, save_interval_steps=0) as manager:
-        step = manager.latest_step()
+        step = next(iter(_steps(Path(folder))), None)
         if step is None:
             raise RunError(f'{folder} holds no save; name a folder such as runs/toy2d/checkpoints/center')
+        path = Path(folder) / str(step)
         try:
-            return _read(manager, step)[0]['params']
+            _check_readable(path)
+            state, rest = _read(manager, step)
+            if arm:
+                _check_whose(path, rest, {'arm': arm})
+            return state['params']
+        except RunError:
+            raise
         except Exception as error:
+            _check_system(path, error)
             raise RunError(
-                f'{Path(folder) / str(step)} is damaged ({_reason(error)}); remove report.html of its run and give '
+                f'{path} is damaged ({_reason(error)}); remove report.html of its run and give '
                 "the run's line again with --resume, which makes the save anew"
             ) from error
 
@@ -140,7 +192,7 @@ def _forget_abandoned_reads() -> None:
     logging.getLogger('asyncio').addFilter(lambda record: 'never retrieved' not in record.getMessage())
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -162,15 +214,87 @@ def _read(manager: ocp.CheckpointManager, step: int, like: TrainState | None = N
     return state, rest
 
 
+def _check_whose(path: Path, rest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if missing := [name for name in (*wanted, 'rows') if name not in rest]:
+        raise RunError(
+            f'{path} was saved by an earlier version, without {", ".join(missing)}; finish the run with that version, '
+            'or pass --overwrite to start it anew'
+        )
+    for name, value in wanted.items():
+        if rest[name] != value:
+            raise RunError(
+                f'{path} is a save of {name} {rest[name]}, but here {name} is {value}; move it back to its own folder'
+            )
+
+
 def _checksum(state: Any, rest: dict[str, Any]) -> int:
     """Of all leaves in any order: Orbax has checksums for its own records, but none for what is in an array."""
     leaves = sorted(zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state))
     return zlib.crc32(json.dumps([leaves, rest], sort_keys=True).encode())
 
 
-def _unfinished(folder: Path, manager: ocp.CheckpointManager) -> list[Path]:
-    finished = {str(step) for step in manager.all_steps()}
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in finished)
+def _unfinished(folder: Path) -> list[Path]:
+    """Returns the folders that Orbax writes a save to before it renames them; other files may be anyone's."""
+    paths = _listed(folder)
+    return [path for path in paths if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _steps(folder: Path) -> list[int]:
+    """Returns the steps that have a save, the newest first. Orbax has none where it fails to list the folder."""
+    paths = [path for path in _listed(folder) if path.name.isdecimal() and path.name == str(int(path.name))]
+    for path in paths:
+        if path.is_symlink() or not path.is_dir():
+            raise RunError(f'{path} has the name of a save, but is a link or a file; move it out of the folder')
+    return sorted((int(path.name) for path in paths), reverse=True)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _check_readable(path: Path) -> None:
+    """Raises RunError if the system fails to read a file of a save. Orbax may take that for a missing file."""
+    if path.is_dir():
+        for entry in _listed(path):
+            _check_readable(entry)
+        return
+    try:
+        with path.open('rb') as file:
+            while file.read(2**20):
+                pass
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_system(save: Path, error: BaseException | None) -> None:
+    """Raises RunError if it was the system that failed while Orbax read a save, not the save that is damaged."""
+    absent = FileNotFoundError, IsADirectoryError, NotADirectoryError
+    cause = error
+    while cause is not None:
+        failed = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and not isinstance(cause, absent))
+        # TensorStore passes an error of the system on as text.
+        if failed or '[OS error ' in str(cause):
+            raise _unreadable(save, cause) from error
+        cause = cause.__cause__ or cause.__context__
+    _check_readable(save)
+
+
+def _unreadable(path: Path, error: BaseException) -> RunError:
+    reason = error.strerror if isinstance(error, OSError) else None
+    return RunError(
+        f'{path} could not be read ({reason or _reason(error)}); nothing is removed. Mend that, or move '
+        'the save to another folder, and give the same line again'
+    )
+
+
+def _move_aside(save: Path) -> Path:
+    """Renames a damaged save, so that its step can be saved again, and returns the new path."""
+    names = (f'{save.name}.damaged{number or ""}' for number in itertools.count())
+    aside = next(path for name in names if not os.path.lexists(path := save.with_name(name)))
+    return save.rename(aside)
 
 
 def _check_shapes(saved: Any, like: TrainState) -> None:

@@ -22,7 +22,18 @@ from experiments.data.load import Dataset, load
 from experiments.launch import processes
 from experiments.launch.flags import Settings
 from experiments.launch.mesh import Devices
-from experiments.launch.run_folder import CHECKPOINTS, PROFILE, TENSORBOARD, Run, RunError, environment, in_a_line
+from experiments.launch.run_folder import (
+    CHECKPOINTS,
+    KNOWN,
+    METRICS,
+    PROFILE,
+    SUMMARY,
+    TENSORBOARD,
+    Run,
+    RunError,
+    environment,
+    in_a_line,
+)
 from experiments.launch.stopping import Stop
 from experiments.train.checkpoint import RECIPE, Checkpoints, newest
 from experiments.train.logging import Progress, Scalars, traced
@@ -53,9 +64,10 @@ class Job:
     def tell(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def finished(self) -> bool:
-        """Whether the run is there and whole; it says so."""
-        finished = self.run.finished({**self.settings.decisive(), 'epochs': self.settings.epochs})
+    def finished(self, *names: str) -> bool:
+        """Whether the run is there and whole, with further files of these names; it says so."""
+        settings = {**self.settings.decisive(), 'epochs': self.settings.epochs}
+        finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *names))
         if finished:
             self.tell(f'{self.run.out / "report.html"} has it all: the run is finished')
         return finished
@@ -122,7 +134,8 @@ class Job:
                 )
                 initial = self.devices.fetch(placed)
                 folder = self.run.out / CHECKPOINTS / arm.name
-                with Checkpoints(folder, settings.save_every, stop, self.devices) as saves:
+                whose = {'arm': arm.name, 'seed': arm.seed}
+                with Checkpoints(folder, settings.save_every, stop, self.devices, **whose) as saves:
                     state = self._train(arm, initial, step, progress, saves, partial(look, arm))
                 results[arm.name] = finish(arm, state)
         return results
@@ -149,7 +162,7 @@ class Job:
         state = devices.place_state(host)
         one = devices.one(state)
         epochs = int(host.step) // steps
-        rows = self.run.keep(arm.name, epochs)
+        rows = self.run.keep(arm.name, epochs, saves.rows)
         if host is initial:
             look(0, one)
         else:
@@ -164,6 +177,7 @@ class Job:
             one = devices.one(state)
             row = {'epoch': epoch, 'arm': arm.name, **metrics, **look(epoch, one)}
             self.run.add_metrics(row)
+            saves.rows = self.run.saved_rows(arm.name)
             if scalars:
                 scalars.add(row)
             if epoch == last or saves.due():

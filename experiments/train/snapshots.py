@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.launch import processes
+from experiments.launch.atomic_files import draft
 from experiments.launch.run_folder import RunError
 
 
@@ -53,7 +54,8 @@ class History:
 
 
 def save_snapshot(path: Path, snapshot: Snapshot) -> None:
-    np.savez(path, **dataclasses.asdict(snapshot))
+    with draft(path) as file:
+        np.savez(file, **dataclasses.asdict(snapshot))
 
 
 def load_snapshot(path: Path) -> Snapshot:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 from support.tiny import all_of, counts
 
 from experiments.data.load import load
@@ -109,6 +109,38 @@ def test_a_folder_is_prepared_again_when_its_files_change(folder, cache, change,
     change(folder)
     assert dogs() == expected
     assert len(list(cache.glob('image_folders/pets-*'))) == 1
+
+
+def test_no_program_is_started_for_an_image(folder, cache, tmp_path, monkeypatch):
+    programs = tmp_path / 'programs'
+    programs.mkdir()
+    (programs / 'gs').write_text(f'#!/bin/sh\ntouch "{tmp_path / "started"}"\n')
+    (programs / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', str(programs), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)  # Pillow keeps what it found before
+    (folder / 'cat' / 'z.png').write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\n%%EOF\n')
+    with pytest.raises(DataError, match=r'z\.png: cannot identify'):
+        load(str(folder), cache)
+    assert not (tmp_path / 'started').exists()
+
+
+@pytest.mark.parametrize('image_format', ['JPEG', 'MPO', 'GIF', 'BMP', 'TIFF', 'WEBP'])
+def test_an_image_with_the_suffix_of_another_format_is_read(folder, cache, image_format):
+    image = Image.new('RGB', (6, 4), (77, 0, 0))
+    frames = {'save_all': True, 'append_images': [image]} if image_format == 'MPO' else {}
+    image.save(folder / 'cat' / '10.png', image_format, **frames)
+    with Image.open(folder / 'cat' / '10.png') as file:
+        assert file.format == image_format
+    assert (all_of(load(str(folder), cache))[1] == 0).sum() == 11
+
+
+def test_another_copy_beside_the_prepared_ones_stays(folder, cache):
+    load(str(folder), cache)
+    (home,) = cache.glob('image_folders/pets-*')
+    kept = home.rename(home.with_name(f'{home.name}.bak'))
+    change_a_file(folder)
+    load(str(folder), cache)
+    assert kept.exists()
 
 
 def test_an_unchanged_folder_is_not_prepared_again(folder, cache):

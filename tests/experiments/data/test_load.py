@@ -189,6 +189,41 @@ def test_a_damaged_copy_is_an_error_that_says_where(tmp_path, no_tensorflow, fil
     assert len(str(error.value).splitlines()) <= 10
 
 
+def in_place(text: str, name: str) -> str:
+    return text.replace('tensorflow_datasets.core.features.image_feature.Image', name)
+
+
+def in_snake_case(text: str, name: str) -> str:
+    return in_place(text.replace('pythonClassName', 'python_class_name'), name)
+
+
+def in_the_old_form(text: str, name: str) -> str:
+    del text
+    features = {'image': {'type': name, 'content': {}}}
+    return json.dumps({'type': 'tensorflow_datasets.core.features.features_dict.FeaturesDict', 'content': features})
+
+
+def in_a_string(text: str, name: str) -> str:
+    content = json.dumps({'features': {'image': {'pythonClassName': name}}})
+    kind = 'tensorflow_datasets.core.features.features_dict.FeaturesDict'
+    return json.dumps({'type': kind, 'proto_cls': 'tensorflow_datasets.FeaturesDict', 'content': content})
+
+
+@pytest.mark.parametrize('name_it', [in_place, in_snake_case, in_the_old_form, in_a_string])
+def test_a_copy_makes_no_module_be_imported(tmp_path, monkeypatch, name_it):
+    (tmp_path / 'modules').mkdir()
+    (tmp_path / 'modules' / 'named_by_a_copy.py').write_text(f'open({str(tmp_path / "imported")!r}, "w").close()')
+    monkeypatch.syspath_prepend(tmp_path / 'modules')
+    path = prepare(tmp_path / 'data', {'train': examples(6), 'test': examples(3)}) / 'features.json'
+    path.write_text(name_it(path.read_text(), 'named_by_a_copy.Image'))
+    with pytest.raises(DataError) as error:
+        load('mnist', tmp_path / 'data')
+    sys.modules.pop('named_by_a_copy', None)
+    assert not (tmp_path / 'imported').exists()
+    assert 'named_by_a_copy.Image' in str(error.value)
+    assert '\n' not in str(error.value)
+
+
 def test_a_copy_that_is_not_complete_is_not_taken_for_whole(tmp_path, no_tensorflow):
     copy = prepare(tmp_path, {'train': examples(6), 'test': examples(3)})
     copy.rename(copy.with_name('incomplete.4XT2QG_3.0.1'))

@@ -1,9 +1,11 @@
 """Runs that are stopped, killed, extended or moved to other devices end as one that was left alone."""
 
 import csv
+import errno
 import json
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -17,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from support import tiny
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
@@ -149,6 +152,60 @@ def events(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ('name', 'damage'),
+    [
+        ('metrics.csv', Path.unlink),
+        ('summary.json', Path.unlink),
+        ('known.json', halve),
+        ('features.png', halve),
+        ('features.gif', Path.unlink),
+    ],
+)
+def test_what_a_finished_run_lacks_is_made_again(whole, tmp_path, capsys, name, damage):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    damage(out / name)
+    capsys.readouterr()
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
+    assert 'the run is finished' not in capsys.readouterr().out
+    assert_same_ends(out, whole)
+    assert json.loads((out / 'known.json').read_text()) == json.loads((whole / 'known.json').read_text())
+
+
+LOCKED = """
+import sys
+from pathlib import Path
+from experiments.launch.atomic_files import lock
+
+with lock(Path(sys.argv[1], '.lock')):
+    print('locked', flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize('flags', [('--resume',), ('--overwrite',), ()])
+def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path, capsys, flags):
+    out = tmp_path / 'run'
+    out.mkdir()
+    (out / '.lock').touch()
+    command = [sys.executable, '-c', LOCKED, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b'locked\n'
+        assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 2
+        error = capsys.readouterr().err
+        assert 'in use by another run' in error
+        assert len(error.splitlines()) == 1
+        assert os.listdir(out) == ['.lock']
+        other.kill()
+    assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 0
+
+
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob('*')}
     assert run(*QUICK, '--epochs', 2, '--out', whole, '--resume') == 0
@@ -197,6 +254,9 @@ SPLIT = Split(
 )
 
 
+OF = {'arm': 'center', 'seed': 0}
+
+
 def state_of(devices: Devices, num_classes: int = 10, feature_dim: int = 2) -> Any:
     """A state that has made a step, so that no leaf is 0 throughout, as it is on the devices."""
     model = Classifier('small', feature_dim, num_classes)
@@ -222,7 +282,7 @@ def saved(one_device) -> Any:
 def save_twice(folder: Path, state: Any, devices: Devices) -> None:
     """Saves a state as that of step 1 and, with other numbers, as that of step 2."""
     batches = train_batches(SPLIT, 10, 0)
-    with Stop('') as stop, Checkpoints(folder, 60, stop, devices) as saves:
+    with Stop('') as stop, Checkpoints(folder, 60, stop, devices, **OF) as saves:
         for step in (1, 2):
             next(batches)
             later = jax.tree.map(partial(np.multiply, step), state).replace(step=np.asarray(step, np.int32))
@@ -233,7 +293,7 @@ def restore(folder: Path, like: Any, devices: Devices) -> tuple[Any, list[str]]:
     """What is restored, or None, with the position in the data behind it; and what is said."""
     said = []
     batches = train_batches(SPLIT, 10, 0)
-    with Stop('') as stop, Checkpoints(folder, 60, stop, devices) as saves:
+    with Stop('') as stop, Checkpoints(folder, 60, stop, devices, **OF) as saves:
         found = saves.restore(like, batches, said.append)
     return found and (*found, batches.get_state()['next_index']), said
 
@@ -255,6 +315,56 @@ def test_the_latest_save_is_restored_with_all_that_it_held(tmp_path, saved, one_
     assert_same_state(state.params, jax.tree.map(lambda a: 2 * a, saved.params))
     assert tally == Tally(2, 0.5, 20, [0.2] * 6, 2)
     assert position == 2
+
+
+def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, saved, one_device, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def record(number: int) -> None:
+        synced.append(os.readlink(f'/proc/self/fd/{number}'))
+        fsync(number)
+
+    monkeypatch.setattr(os, 'fsync', record)
+    save_twice(tmp_path, saved, one_device)
+    assert synced[-1] == str(tmp_path)
+    needed = [path for path in tmp_path.rglob('*') if path.name != 'commit_success.txt']
+    assert len(needed) > 20
+    assert {path.replace('.orbax-checkpoint-tmp', '') for path in synced} >= set(map(str, needed))
+    assert all('.orbax-checkpoint-tmp' in path for path in synced if path != str(tmp_path))
+
+
+@pytest.mark.parametrize(('name', 'value'), [('arm', 'softmax'), ('seed', 1)])
+def test_a_save_of_another_arm_or_seed_is_one_line(tmp_path, saved, one_device, name, value):
+    save_twice(tmp_path, saved, one_device)
+    before = bytes_of(tmp_path)
+    with Stop('') as stop, Checkpoints(tmp_path, 60, stop, one_device, **(OF | {name: value})) as saves:
+        with pytest.raises(RunError, match=rf'2 is a save of {name} {OF[name]}, but here {name} is {value}'):
+            saves.restore(saved, train_batches(SPLIT, 10, 0), print)
+        assert bytes_of(tmp_path) == before
+    with pytest.raises(RunError, match='save of arm center, but here arm is softmax'):
+        checkpoint.saved_params(tmp_path, 'softmax')
+
+
+def forget(folder: Path, names: set[str]) -> None:
+    """Makes each save one that has never held these entries."""
+    for save in folder.iterdir():
+        state = ocp.StandardCheckpointer().restore(save.absolute() / 'state')
+        path = save / 'rest' / 'metadata'
+        rest = json.loads(path.read_text())
+        rest = {name: value for name, value in rest.items() if name not in {*names, 'checksum'}}
+        path.write_text(json.dumps({**rest, 'checksum': checkpoint._checksum(state, rest)}))
+
+
+def test_a_save_of_an_earlier_version_is_one_line_and_stays(tmp_path, saved, one_device):
+    save_twice(tmp_path, saved, one_device)
+    forget(tmp_path, {'arm', 'seed', 'rows'})
+    before = bytes_of(tmp_path)
+    for read in (partial(restore, tmp_path, saved, one_device), partial(checkpoint.saved_params, tmp_path, 'center')):
+        with pytest.raises(RunError, match='2 was saved by an earlier version') as error:
+            read()
+        assert '\n' not in str(error.value)
+        assert '--overwrite' in str(error.value)
+        assert bytes_of(tmp_path) == before
 
 
 def largest(folder: Path) -> Path:
@@ -283,6 +393,10 @@ def lose_the_arrays(save: Path) -> None:
     shutil.rmtree(save / 'state')
 
 
+def lose_the_metadata(save: Path) -> None:
+    (save / 'state' / '_METADATA').unlink()
+
+
 def lose_a_file(save: Path) -> None:
     largest(save / 'state').unlink()
 
@@ -307,7 +421,10 @@ def lose_all(save: Path) -> None:
 
 @pytest.mark.parametrize(
     'damage',
-    [cut, flip, empty, lose_the_arrays, lose_a_file, lose_the_rest, forget_a_step, leave_unfinished, lose_all],
+    [
+        *(cut, flip, empty, lose_the_arrays, lose_the_metadata, lose_a_file, lose_the_rest, forget_a_step),
+        *(leave_unfinished, lose_all),
+    ],
 )
 def test_a_damaged_or_unfinished_latest_save_is_named_and_the_one_before_it_used(tmp_path, saved, one_device, damage):
     folder = tmp_path / 'the saves'
@@ -325,6 +442,128 @@ def test_a_damaged_or_unfinished_latest_save_is_named_and_the_one_before_it_used
     shutil.copytree(tmp_path / 'others' / '2', folder / '2')
     found, said = restore(folder, saved, one_device)
     assert (said, found[1].steps) == ([], 2)
+
+
+def bytes_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file() and not path.is_symlink()}
+
+
+@pytest.mark.parametrize('name', ['rest/metadata', 'state/_METADATA', 'state/manifest.ocdbt', 'largest'])
+def test_an_error_of_the_device_is_one_line_and_leaves_every_save(tmp_path, saved, one_device, name):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    path = largest(folder / '2' / 'state') if name == 'largest' else folder / '2' / name
+    path.unlink()
+    path.symlink_to('/proc/self/mem')  # reading its first bytes is EIO
+    before = bytes_of(folder)
+    for read in (partial(restore, folder, saved, one_device), partial(checkpoint.saved_params, folder)):
+        with pytest.raises(RunError, match='could not be read') as error:
+            read()
+        message = str(error.value)
+        assert str(path) in message
+        assert os.strerror(errno.EIO) in message
+        assert '\n' not in message
+        assert bytes_of(folder) == before
+    path.unlink()
+    path.write_bytes(b'')
+    found, _ = restore(folder, saved, one_device)
+    assert found[2] == 1
+
+
+def test_too_many_open_files_leave_every_save(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    before = bytes_of(folder)
+    batches, said = train_batches(SPLIT, 10, 0), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device, **OF) as saves:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(RunError, match='could not be read') as error:
+                saves.restore(saved, batches, said.append)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert os.strerror(errno.EMFILE) in str(error.value)
+        assert (said, bytes_of(folder)) == ([], before)
+        found = saves.restore(saved, batches, said.append)
+    assert found is not None
+    assert found[1].steps == 2
+
+
+def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_device, monkeypatch):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    before = bytes_of(folder)
+    batches, said = train_batches(SPLIT, 10, 0), []
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    check = checkpoint._check_shapes
+
+    def check_and_use_all_files(*args):
+        check(*args)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, limit[1]))
+
+    monkeypatch.setattr(checkpoint, '_check_shapes', check_and_use_all_files)
+    with Stop('') as stop, Checkpoints(folder, 60, stop, one_device, **OF) as saves:
+        try:
+            with pytest.raises(RunError, match='could not be read'):
+                saves.restore(saved, batches, said.append)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert (said, bytes_of(folder)) == ([], before)
+
+
+def test_damaged_saves_are_moved_aside_whole(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    for name in ('2.damaged', '2.damaged1'):
+        save_twice(folder, saved, one_device)
+        flip(folder / '2')
+        before = bytes_of(folder / '2')
+        _, said = restore(folder, saved, one_device)
+        assert name in said[0]
+        assert list(bytes_of(folder / name).values()) == list(before.values())
+        shutil.rmtree(folder / '1')
+
+
+def test_other_files_beside_the_saves_stay(tmp_path, saved, one_device):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    mine = tmp_path / 'mine'
+    mine.mkdir()
+    (mine / 'file').write_text('mine')
+    shutil.copytree(folder / '2', folder / '2.bak')
+    shutil.copytree(folder / '2', folder / '2.orbax-checkpoint-tmp.bak')
+    (folder / 'notes').mkdir()
+    (folder / 'notes' / 'file').write_text('mine')
+    for name in ('link', '7.orbax-checkpoint-tmp'):
+        (folder / name).symlink_to(mine)
+    (folder / 'broken').symlink_to('nowhere')
+    before, names = bytes_of(tmp_path), sorted(os.listdir(folder))
+    (folder / '9.orbax-checkpoint-tmp').mkdir()
+    found, said = restore(folder, saved, one_device)
+    assert (found[1].steps, len(said)) == (2, 1)
+    assert (bytes_of(tmp_path), sorted(os.listdir(folder))) == (before, names)
+
+
+def link_to_a_folder(path: Path) -> None:
+    path.symlink_to(path.parents[1])
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to('nowhere')
+
+
+@pytest.mark.parametrize('make', [link_to_a_folder, link_to_nothing, Path.touch])
+def test_a_link_or_file_with_the_name_of_a_save_is_one_line(tmp_path, saved, one_device, make):
+    folder = tmp_path / 'saves'
+    save_twice(folder, saved, one_device)
+    make(folder / '3')
+    with pytest.raises(RunError, match='saves/3 has the name of a save'):
+        restore(folder, saved, one_device)
+    assert os.path.lexists(folder / '3')
 
 
 def test_a_damaged_snapshot_is_named(tmp_path):
@@ -383,7 +622,7 @@ def some_devices(count: int, **sizes: int) -> Devices:
     ids=lambda devices: f'{len(devices.devices)} by {devices.mesh.shape if devices.mesh else "pmap"}',
 )
 def test_what_is_saved_on_some_devices_goes_on_on_others(tmp_path, saved, before, after):
-    with Stop('') as stop, Checkpoints(tmp_path, 60, stop, before) as saves:
+    with Stop('') as stop, Checkpoints(tmp_path, 60, stop, before, **OF) as saves:
         saves.save(before.place_state(saved), train_batches(SPLIT, 10, 0), Tally())
     assert checkpoint.saved_params(tmp_path)['centers']['center']['centers'].shape == (10, 2)
     found, _ = restore(tmp_path, after.fetch(state_of(after)), after)
