@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from experiments.launch.errors import FlagError
 
 # In seconds. With the time to start Python, each ends a run within a minute.
-INITIALIZATION_TIMEOUT, HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 40, 20, 20
+INITIALIZATION_TIMEOUT, HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 30, 20, 20
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -47,7 +47,7 @@ def start_two(*flags: object, experiment: str = 'toy2d', own: tuple = ((), ())) 
     return [start(index, port, *flags, *own[index], experiment=experiment) for index in range(2)]
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:
     """Exit code, and what was printed but for the lines of JAX's transport, which has no flag to be quiet."""
     try:
         output, errors = process.communicate(timeout=timeout)
@@ -58,7 +58,7 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, s
     return process.returncode, '\n'.join(lines), errors
 
 
-def wait_for(path: Path, found: int, seconds: float = 60) -> None:
+def wait_for(path: Path, found: int, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while len(list(path.glob('*'))) < found:
         assert time.monotonic() < deadline, f'{path} has not come'
@@ -111,10 +111,10 @@ def test_every_experiment_runs_in_two_processes_of_which_the_first_writes(tmp_pa
     assert len(list((out / 'sweep' / 'cells').glob('*.json'))) == 2
 
 
-def assert_jax_ends_it_within_a_minute(process: subprocess.Popen) -> None:
+def assert_jax_ends_it_within_a_minute(process: subprocess.Popen, startup: float = 0.0) -> None:
     begun = time.monotonic()
-    code, _, errors = finish(process, timeout=90)
-    assert time.monotonic() - begun < 60
+    code, _, errors = finish(process)
+    assert time.monotonic() - begun < 60 + startup
     assert code not in (0, 2)
     assert 'coordination' in errors.lower()
 
@@ -122,7 +122,11 @@ def assert_jax_ends_it_within_a_minute(process: subprocess.Popen) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('missing', [1, 0], ids=['any', 'the coordinator'])
 def test_a_process_that_is_missing_ends_the_other_within_a_minute(tmp_path, missing):
-    assert_jax_ends_it_within_a_minute(start(1 - missing, free_port(), *QUICK, '--out', tmp_path / 'run'))
+    begun = time.monotonic()
+    finish(start(0, free_port(), '--help'))
+    startup = time.monotonic() - begun  # Python and its imports, which take long on busy cores
+    process = start(1 - missing, free_port(), *QUICK, '--out', tmp_path / 'run')
+    assert_jax_ends_it_within_a_minute(process, startup)
     assert not (tmp_path / 'run').exists()
 
 
