@@ -30,7 +30,7 @@ from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import DeviceFlags, Folder, flag
 from experiments.launch.mesh import choose
-from experiments.launch.run_folder import check_folder, environment, in_a_line
+from experiments.launch.run_folder import check_folder, environment, format_environment
 from experiments.plots.step_times import draw_step_times
 from experiments.train.loop import train_epoch
 from experiments.train.model import Classifier
@@ -47,7 +47,7 @@ class Config(DeviceFlags):
     """What is measured."""
 
     batch_sizes: tuple[int, ...] = (256, 4096, 16384)
-    """numbers of examples"""
+    """numbers of examples in a step"""
     classes: tuple[int, ...] = (1_000, 100_000, 1_000_000)
     """numbers of classes"""
     feature_dim: int = 512
@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     devices = config.start()
     for size in config.batch_sizes:
         process_slice(size, jax.process_index(), jax.process_count(), '--batch-sizes')
-    tell(in_a_line(environment(devices)))
+    tell(format_environment(environment(devices)))
     torch = pytorch.installed() if processes.is_main_process() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so its arms are missing')
     arms: dict[str, Callable[[Problem], Implementation | None]] = ours.layouts(devices, config.mesh)

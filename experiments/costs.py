@@ -59,11 +59,11 @@ class Config:
     num_features: int = 512
     """number of features D"""
     batch_size: int = 16_384
-    """examples in a step, over all devices together"""
+    """number of examples in a step, summed over all devices"""
     itemsize: int = 4
     """bytes of a number in the table: 4 for float32, 2 for bfloat16"""
     meshes: tuple[str, ...] = ('data=1', 'classes=8', 'classes=64', 'data=8,classes=8', 'data=64')
-    """meshes to compare"""
+    """meshes to compare, each with its axes data and classes"""
 
     def __post_init__(self):
         for name in ('num_classes', 'num_features', 'batch_size', 'itemsize'):

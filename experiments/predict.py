@@ -37,19 +37,19 @@ class Config(DeviceFlags):
     """What is labelled by what."""
 
     images: str
-    """a folder of PNG or JPEG files, at any depth; or a split of a dataset, such as digits:test"""
+    """a folder with PNG or JPEG files at any depth, or a split of a dataset, such as digits:test"""
     run: Folder = Path('runs/toy2d')
-    """the --out of a finished run of experiments.toy2d or experiments.verification"""
+    """folder of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
-    """which of its networks, such as softmax or center-3; by default the first one with center loss"""
+    """arm of the run, such as softmax or center-3; by default the first one with center loss"""
     data_dir: OptionalFolder = None
-    """where prepared sets are and go; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
+    """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     out: OptionalFolder = None
-    """folder for what is written; by default predictions in the folder of the run, where earlier ones are replaced"""
+    """folder for the predictions; by default predictions in --run, where earlier ones are replaced"""
     overwrite: bool = False
-    """replace the predictions that --out holds"""
+    """replace the predictions in --out"""
     parallel: Literal['auto', 'none'] = 'auto'
-    """devices that share the images: auto is all of them, none the first alone"""
+    """auto splits the images over all devices, none uses only the first device"""
 
 
 def main(config: Config) -> None:

@@ -24,7 +24,7 @@ from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import Common, DeviceFlags, Folder, check_alpha, check_weight
 from experiments.launch.mesh import Devices, choose
-from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, in_a_line
+from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, format_environment
 from experiments.launch.stopping import Stop
 from experiments.plots.curves import draw_sweep
 from experiments.plots.features import draw_features
@@ -63,28 +63,27 @@ class Config(Common, DeviceFlags):
     )
 
     out: Folder = Path('runs/sweep')
-    """folder that the sweep is written to"""
+    """folder for the files of the sweep"""
     feature_dim: int = 64
-    """number of feature dimensions; weights.png has 2 in any case"""
+    """number of feature dimensions; weights.png always has 2"""
     seed: int = 0
-    """the first of the seeds that the initialization and the order of the examples are drawn from"""
+    """first random seed of the initialization and of the order of the examples"""
     seeds: int = 5
     """number of seeds for each cell"""
     weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    """weights lambda of the center loss; softmax alone is trained too"""
+    """weights lambda of the center loss; softmax alone is always trained too"""
     alphas: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0)
-    """steps alpha of the centers"""
+    """step sizes alpha of the centers (Eq. 4)"""
     held_out: str = ''
-    """classes to verify, as experiments.verification takes them"""
+    """classes to verify, as in experiments.verification"""
     similarity: Literal['cosine', 'euclidean'] = 'cosine'
-    """of a pair: the cosine, as in the paper, or the Euclidean distance"""
+    """similarity of a pair: the cosine, as in the paper, or the Euclidean distance"""
     workers: int = 0
-    """processes, each on a CPU core; 0 is one for each core"""
+    """number of processes, each on a CPU core; 0 is one for each core"""
     parallel: Literal['auto', 'pmap', 'none'] = 'auto'
-    """auto is a process to a CPU core, each with cells of its own, or, with --mesh or several processes, a cell at a
-    time on all of their devices; pmap a cell at a time on all devices by jax.pmap, none on the first alone"""
+    """auto trains a cell per CPU core, or with --mesh or processes each cell on all devices; none uses one device"""
     resume: bool = False
-    """go on with the sweep that --out holds, or start it; --weights, --alphas and --seeds may be others"""
+    """continue the sweep in --out, or start it; --weights, --alphas and --seeds may change"""
 
     def __post_init__(self):
         Common.__post_init__(self)
@@ -120,7 +119,7 @@ def main(config: Config) -> None:
     console = Console(quiet=not processes.is_main_process())
     devices = choose('none') if config.on_cores else config.start()
     surroundings = environment(devices)
-    console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
+    console.print(format_environment(surroundings), highlight=False, soft_wrap=True)
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
     wanted = {name: getattr(config, name) for name in ('weights', 'alphas', 'seeds')}
     if run.finished({**config.decisive(), **wanted}, (_TABLE, SUMMARY, ACCURACY, WEIGHTS)):

@@ -37,7 +37,7 @@ class Config(Settings):
     PROGRAM: ClassVar[str] = 'experiments.toy2d'
 
     out: Folder = Path('runs/toy2d')
-    """folder that the run is written to"""
+    """folder for the files of the run"""
 
 
 def main(config: Config) -> None:

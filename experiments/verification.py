@@ -37,18 +37,17 @@ class Config(Settings):
     PROGRAM: ClassVar[str] = 'experiments.verification'
 
     out: Folder = Path('runs/verification')
-    """folder that the run is written to"""
+    """folder for the files of the run"""
     feature_dim: int = 64
     """number of feature dimensions"""
     seed: int = 0
-    """the first of the seeds that the initialization and the order of the examples are drawn from"""
+    """first random seed of the initialization and of the order of the examples"""
     seeds: int = 5
-    """number of seeds, each of which trains both arms"""
+    """number of seeds; both arms are trained with each"""
     held_out: str = ''
-    """classes to verify: numbers such as 7-9 or 0,4-6, or a fraction such as 0.3, the last ones; by default those of
-    the test split if the train split has none of them, or else the last 0.3"""
+    """classes to verify: 7-9, or 0,4-6, or a fraction such as 0.3; default: classes only in the test split, or 0.3"""
     similarity: Literal['cosine', 'euclidean'] = 'cosine'
-    """of a pair: the cosine, as in the paper, or the Euclidean distance"""
+    """similarity of a pair: the cosine, as in the paper, or the Euclidean distance"""
 
     def __post_init__(self):
         super().__post_init__()

@@ -32,7 +32,7 @@ from experiments.launch.run_folder import (
     Run,
     RunError,
     environment,
-    in_a_line,
+    format_environment,
 )
 from experiments.launch.stopping import Stop
 from experiments.train.checkpoint import RECIPE, Checkpoints, newest
@@ -58,7 +58,7 @@ class Job:
         self.devices = settings.start()
         self.console = Console(quiet=not processes.is_main_process())
         self._surroundings = environment(self.devices)
-        self.tell(in_a_line(self._surroundings))
+        self.tell(format_environment(self._surroundings))
         self.run = Run(settings.out, overwrite=settings.overwrite, resume=settings.resume)
 
     def tell(self, line: str) -> None:

@@ -199,7 +199,7 @@ def test_a_folder_that_is_not_the_same_for_all_is_one_line_and_exit_code_2(tmp_p
     for code, _, errors in map(finish, both):
         assert code == 2
         assert len(errors.splitlines()) == 1
-        assert 'name a folder that all see' in errors
+        assert 'pass a folder that all processes share' in errors
 
 
 THIRD = ('--num-processes', 3, '--process-id', 2)
