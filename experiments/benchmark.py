@@ -27,8 +27,9 @@ from experiments.bench.toy import measure_toy
 from experiments.data.batches import process_slice
 from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import DeviceFlags, flag
-from experiments.launch.run_folder import check_folder, environment, in_a_line
+from experiments.launch.errors import FlagError
+from experiments.launch.flags import DeviceFlags, Folder, flag
+from experiments.launch.run_folder import check_folder, environment, format_environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +37,36 @@ class Config(DeviceFlags):
     """Settings of a benchmark."""
 
     batch_sizes: tuple[int, ...] = (256, 4096, 16384)
-    """numbers of examples"""
+    """numbers of examples in a step"""
     classes: tuple[int, ...] = (1_000, 100_000, 1_000_000)
     """numbers of classes"""
     feature_dim: int = 512
     """number of feature dimensions"""
     rounds: int = 4
     """blocks of eight steps for each arm in each of three turns"""
-    out: Path = Path('runs/benchmark')
+    out: Folder = Path('runs/benchmark')
     """folder for the table and the picture; earlier ones are replaced"""
 
     def __post_init__(self):
         super().__post_init__()
         for name in ('batch_sizes', 'classes'):
             if min(getattr(self, name), default=0) < 1:
-                raise ValueError(f'{flag(name)} must be numbers of 1 or more, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be numbers of 1 or more, got {getattr(self, name)}')
         for name in ('feature_dim', 'rounds'):
             if getattr(self, name) < 1:
-                raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
 
 
 def main(config: Config) -> None:
     console = output.console()
-    if processes.first():
+    if processes.is_main_process():
         check_folder(config.out)
     tell = partial(console.print, highlight=False, soft_wrap=True)
     devices = config.start()
     for size in config.batch_sizes:
         process_slice(size, jax.process_index(), jax.process_count(), '--batch-sizes')
-    tell(in_a_line(environment(devices)))
-    torch = pytorch.installed() if processes.first() else None
+    tell(format_environment(environment(devices)))
+    torch = pytorch.installed() if processes.is_main_process() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so it is not measured')
     arms: dict[str, turns.Maker] = ours.layouts(devices, config.mesh)
     if torch:
@@ -74,7 +75,7 @@ def main(config: Config) -> None:
     low, speed, high = np.percentile([row['copy_bytes_per_second'] for row in measured], [0, 50, 100]) / 1e9
     tell(f'copy of a large array: {speed:.0f} GB/s ({low:.0f} to {high:.0f}), read and write together')
     console.print(timing_table(measured))
-    if not processes.first():
+    if not processes.is_main_process():
         return
     rows = [{'step': 'center loss', **row} for row in measured]
     if jax.process_count() == 1:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from experiments.launch import cli
+from experiments.launch.errors import FlagError
 from experiments.launch.flags import flag
 from experiments.launch.mesh import mesh_sizes
 
@@ -62,16 +63,18 @@ class Config:
     num_features: int = 512
     """number of features D"""
     batch_size: int = 16_384
-    """examples per step, over all devices"""
+    """number of examples in a step, summed over all devices"""
     itemsize: int = 4
     """bytes of a number in the table: 4 for float32, 2 for bfloat16"""
     meshes: tuple[str, ...] = ('data=1', 'classes=8', 'classes=64', 'data=8,classes=8', 'data=64')
-    """meshes to compare"""
+    """meshes to compare, each with its axes data and classes"""
 
     def __post_init__(self):
         for name in ('num_classes', 'num_features', 'batch_size', 'itemsize'):
             if getattr(self, name) < 1:
-                raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if not self.meshes:
+            raise FlagError('--meshes must name at least one mesh')
         for mesh in self.meshes:
             mesh_sizes(mesh)
 

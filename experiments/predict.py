@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import simple_parsing
 
 from experiments.data.image_files import notes_on, shown, walk
 from experiments.data.image_folder import open_image
@@ -20,7 +19,7 @@ from experiments.data.splits import Split, pixels
 from experiments.data.tfds_cache import DataError
 from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import DeviceFlags
+from experiments.launch.flags import DeviceFlags, Folder, OptionalFolder
 from experiments.launch.mesh import choose
 from experiments.launch.run_folder import CHECKPOINTS, RunError, check_folder, read_config
 from experiments.plots.contact_sheet import draw_contact_sheet
@@ -39,19 +38,19 @@ class Config(DeviceFlags):
     """Images, the network that labels them, and where the predictions go."""
 
     images: str
-    """folder of PNG or JPEG files, at any depth, or split of a dataset, such as digits:test"""
-    run: Path = Path('runs/toy2d')
-    """the --out of a finished run of experiments.toy2d or experiments.verification"""
+    """a folder with PNG or JPEG files at any depth, or a split of a dataset, such as digits:test"""
+    run: Folder = Path('runs/toy2d')
+    """folder of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
-    """network of the run, such as softmax or center-3; by default the first one with center loss"""
-    data_dir: Path | None = None
-    """folder of prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
-    out: Path | None = None
-    """folder for the predictions; by default predictions in the folder of the run, which replaces earlier ones"""
-    overwrite: bool = simple_parsing.field(default=False, action='store_true')
+    """arm of the run, such as softmax or center-3; by default the first one with center loss"""
+    data_dir: OptionalFolder = None
+    """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
+    out: OptionalFolder = None
+    """folder for the predictions; by default predictions in --run, where earlier ones are replaced"""
+    overwrite: bool = False
     """replace the predictions in --out"""
     parallel: Literal['auto', 'none'] = 'auto'
-    """devices that share the images: auto is all of them, none the first one"""
+    """auto splits the images over all devices, none uses only the first device"""
 
 
 def main(config: Config) -> None:
@@ -67,7 +66,7 @@ def main(config: Config) -> None:
     devices = config.start()
     state = restored(settings, config.run / CHECKPOINTS / arm, arm)
     features, _, _ = embed(state, split, devices)
-    if not processes.first():
+    if not processes.is_main_process():
         return
     classes, distances = nearest(state, features)
     unknown = ~(distances <= thresholds[arm])  # a NaN is unknown too
@@ -91,7 +90,7 @@ def main(config: Config) -> None:
 def _folder(config: Config) -> Path:
     """Returns the folder for the predictions. In a folder that --out names, only --overwrite replaces earlier ones."""
     out = config.out or config.run / 'predictions'
-    if processes.first():
+    if processes.is_main_process():
         check_folder(out)
     taken = [name for name in (_TABLE, _PICTURE) if (out / name).exists()]
     if taken and config.out and not config.overwrite:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
-import simple_parsing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -22,9 +21,10 @@ from experiments.data.load import Dataset
 from experiments.data.open_set import OpenSet
 from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import Common, DeviceFlags, check_alpha, check_weight
+from experiments.launch.errors import FlagError
+from experiments.launch.flags import Common, DeviceFlags, Folder, check_alpha, check_weight
 from experiments.launch.mesh import Devices, choose
-from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, in_a_line
+from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, format_environment
 from experiments.launch.stopping import Stop
 from experiments.plots.curves import draw_sweep
 from experiments.plots.features import draw_features
@@ -65,28 +65,27 @@ class Config(Common, DeviceFlags):
         *(field.name for field in dataclasses.fields(DeviceFlags)),
     )
 
-    out: Path = Path('runs/sweep')
-    """folder of the sweep"""
+    out: Folder = Path('runs/sweep')
+    """folder for the files of the sweep"""
     feature_dim: int = 64
     """number of feature dimensions; weights.png always has 2"""
     seed: int = 0
-    """first seed of the initialization and of the order of the examples"""
+    """first random seed of the initialization and of the order of the examples"""
     seeds: int = 5
     """number of seeds for each cell"""
     weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
     """weights lambda of the center loss; softmax alone is always trained too"""
     alphas: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0)
-    """step sizes alpha of the centers"""
+    """step sizes alpha of the centers (Eq. 4)"""
     held_out: str = ''
-    """classes to hold out, as for experiments.verification"""
+    """classes to verify, as in experiments.verification"""
     similarity: Literal['cosine', 'euclidean'] = 'cosine'
     """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
     workers: int = 0
-    """number of processes, each on a CPU core; 0 is one per core"""
+    """number of processes, each on a CPU core; 0 is one for each core"""
     parallel: Literal['auto', 'pmap', 'none'] = 'auto'
-    """auto runs one cell per CPU core at a time, or, with --mesh or several processes, one cell at a time on all
-    devices; pmap runs one cell at a time on all devices by jax.pmap, none on the first device"""
-    resume: bool = simple_parsing.field(default=False, action='store_true')
+    """auto trains a cell per CPU core, or with --mesh or processes each cell on all devices; none uses one device"""
+    resume: bool = False
     """continue the sweep in --out, or start it; --weights, --alphas and --seeds may change"""
 
     def __post_init__(self):
@@ -99,13 +98,13 @@ class Config(Common, DeviceFlags):
         for alpha in self.alphas:
             check_alpha(alpha, '--alphas')
         if not self.weights or not self.alphas:
-            raise ValueError('--weights and --alphas must name one value or more')
+            raise FlagError('--weights and --alphas must name one value or more')
         if self.seeds < 1:
-            raise ValueError(f'--seeds must be at least 1, got {self.seeds}')
+            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
         if self.workers < 0:
-            raise ValueError(f'--workers must be 0 or more, got {self.workers}')
+            raise FlagError(f'--workers must be 0 or more, got {self.workers}')
         if self.workers and not self.on_cores:
-            raise ValueError('--workers are processes on CPU cores; pass no flag that selects other devices')
+            raise FlagError('--workers are processes on CPU cores; pass no flag that selects other devices')
 
     @property
     def on_cores(self) -> bool:
@@ -123,7 +122,7 @@ def main(config: Config) -> None:
     console = output.console()
     devices = choose('none') if config.on_cores else config.start()
     surroundings = environment(devices)
-    console.print(in_a_line(surroundings), highlight=False, soft_wrap=True)
+    console.print(format_environment(surroundings), highlight=False, soft_wrap=True)
     run = Run(config.out, overwrite=config.overwrite, resume=config.resume)
     wanted = {name: getattr(config, name) for name in ('dataset', 'weights', 'alphas', 'seeds')}
     if run.finished({**config.decisive(), **wanted}, (_TABLE, SUMMARY, ACCURACY, WEIGHTS)):
@@ -143,7 +142,7 @@ def main(config: Config) -> None:
 
     cells = cells_of(config)
     train_cells(config, cells, open_set, folder, devices, console)
-    if not processes.first():
+    if not processes.is_main_process():
         return
     rows = [cell.read(folder) for cell in cells]
     write_table(run.out / _TABLE, rows)

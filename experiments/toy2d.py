@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from experiments.data.load import Dataset
 from experiments.launch import cli, processes
-from experiments.launch.flags import Settings
+from experiments.launch.flags import Folder, Settings
 from experiments.launch.run_folder import SNAPSHOTS, Run
 from experiments.plots.features import animate_features, draw_features
 from experiments.plots.panel import legend
@@ -37,8 +37,8 @@ class Config(Settings):
 
     PROGRAM: ClassVar[str] = 'experiments.toy2d'
 
-    out: Path = Path('runs/toy2d')
-    """folder of the run"""
+    out: Folder = Path('runs/toy2d')
+    """folder for the files of the run"""
 
 
 def main(config: Config) -> None:
@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     summary = job.train(arms, measure, finish)
     job.run.write_summary(summary)
     job.console.print(summary_table(summary))
-    if processes.first():
+    if processes.is_main_process():
         write_known(job.run.out, data.class_names, thresholds)
         _draw(config, data, {arm: history.snapshots for arm, history in histories.items()}, summary, job.run)
     job.tell(f'wrote {job.run.out / "report.html"}')

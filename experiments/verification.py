@@ -17,7 +17,8 @@ from rich.table import Column, Table
 from experiments.data.open_set import OpenSet, divide
 from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import Settings
+from experiments.launch.errors import FlagError
+from experiments.launch.flags import Folder, Settings
 from experiments.plots.curves import draw_roc
 from experiments.plots.measures import measure_name
 from experiments.plots.report import write_report
@@ -35,24 +36,23 @@ class Config(Settings):
 
     PROGRAM: ClassVar[str] = 'experiments.verification'
 
-    out: Path = Path('runs/verification')
-    """folder of the run"""
+    out: Folder = Path('runs/verification')
+    """folder for the files of the run"""
     feature_dim: int = 64
     """number of feature dimensions"""
     seed: int = 0
-    """first seed of the initialization and of the order of the examples"""
+    """first random seed of the initialization and of the order of the examples"""
     seeds: int = 5
-    """number of seeds; both arms are trained from each"""
+    """number of seeds; both arms are trained with each"""
     held_out: str = ''
-    """classes to hold out: numbers such as 7-9 or 0,4-6, or a fraction such as 0.3 for the last classes; by default the
-    classes of the test split if the train split has none of them, or else 0.3"""
+    """classes to verify: names, 7-9, 0,4-6, or a fraction; by default classes only in the test split, or 0.3"""
     similarity: Literal['cosine', 'euclidean'] = 'cosine'
     """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
 
     def __post_init__(self):
         super().__post_init__()
         if self.seeds < 1:
-            raise ValueError(f'--seeds must be at least 1, got {self.seeds}')
+            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
 
 
 def main(config: Config) -> None:
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     summary = compare(rows)
     job.run.write_summary(summary)
     job.console.print(interval_table(summary))
-    if processes.first():
+    if processes.is_main_process():
         write_table(job.run.out / _TABLE, rows)
         write_known(job.run.out, open_set.known.class_names, thresholds)
         _draw(config, job, open_set, rocs, summary)

@@ -1,7 +1,7 @@
 """Prepares public datasets, once, so that every later run only reads them.
 
-TFDS does it in a process of its own. It brings TensorFlow, which must not share a process with training, and
-can be stopped when no network answers, for TFDS keeps trying for minutes.
+TFDS prepares them in a process of its own, since TensorFlow must not share a process with training. That process first
+asks for one file, because TFDS retries for minutes if there is no network.
 """
 
 import contextlib
@@ -9,25 +9,22 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
+import requests
 import tensorflow_datasets as tfds
 
 from experiments.data.tfds_cache import DataError, find, lock_cache, unfinished
 
-# How long the first answer to a download may take, in seconds: long enough for a slow proxy, and short enough for the
-# error to be there within 20, of which TensorFlow's import takes up to 8. What has begun to arrive may take as long as
-# it likes. So many connections that break at once, as without a name server, need no such wait.
-FIRST_ANSWER_SECONDS = 6.0
-BROKEN = 3
+# The time within which a server must begin to answer. A download may take any time.
+FIRST_ANSWER_SECONDS = 20
 
 
 def public(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
-    """The copy of a public set in `data_dir`, prepared now if it is not there."""
+    """Returns the copy of a public dataset in `data_dir`, and prepares it first if it is not there."""
     copy = find(name, data_dir)
     if copy is None and importlib.util.find_spec('tensorflow') is None:
         raise DataError(
@@ -43,98 +40,68 @@ def public(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
 
 def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     print(f'Preparing {name} in {data_dir}, once; this may take minutes.', file=sys.stderr)
-    before = _downloads(data_dir)
-    command = [sys.executable, '-m', 'experiments.data.prepare', name, str(data_dir)]
+    command = [sys.executable, '-m', 'experiments.data.prepare', name, str(data_dir), str(FIRST_ANSWER_SECONDS)]
     quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '-1'}
-    with tempfile.TemporaryFile('w+') as output, tempfile.TemporaryFile('w+') as log:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=log, env=os.environ | quiet, cwd=Path(__file__).parents[2]
+    try:
+        process = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | quiet,
+            cwd=Path(__file__).parents[2],
+            check=False,
         )
-        try:
-            answered = _wait(process, data_dir, before, log.fileno())
-        finally:
-            process.kill()
-            process.wait()
-            _sweep(name, data_dir)
-        output.seek(0)
-        log.seek(0)
-        lines = output.read().splitlines()
-        urls = [line for line in lines if line.startswith('http')]
-        reason = lines[len(urls) :]
-        tries = re.findall('connection broken by (.*): /', log.read())
-    if not answered:
-        reason = [
-            'no answer; is there a network?',
-            *(line.strip('\'"') for line in tries[-1:]),
-        ]
-    if reason or process.returncode:
-        raise DataError(_failure(name, data_dir, urls, reason, process.returncode))
-    copy = find(name, data_dir)
-    if copy is None:
-        raise DataError(f'{name} is incomplete in {data_dir}; remove its folder there, and run this again')
-    return copy
-
-
-def _wait(process: subprocess.Popen, data_dir: Path, before: set[Path], log: int) -> bool:
-    """Waits for the end of the process: True; or, once its downloads had no answer for too long: False.
-
-    TFDS makes a folder `*.tmp.*` when it asks for a file, and puts the file there when the answer begins.
-    """
-    asked = None
-    while process.poll() is None:
-        new = _downloads(data_dir) - before
-        if any(path.is_file() for path in new):
-            process.wait()
-        elif any('.tmp.' in path.name for path in new):
-            asked = asked or time.monotonic()
-            broken = os.pread(log, 2**16, 0).count(b'connection broken by')  # the process's place in the log stays
-            if broken >= BROKEN or time.monotonic() - asked > FIRST_ANSWER_SECONDS:
-                return False
-        time.sleep(0.1)
-    return True
-
-
-def _downloads(data_dir: Path) -> set[Path]:
-    # Not rglob, which does not expect folders to vanish meanwhile.
-    tree = os.walk(data_dir / 'downloads')
-    return {Path(parent, name) for parent, folders, files in tree for name in (*folders, *files)}
-
-
-def _sweep(name: str, data_dir: Path) -> None:
-    """Removes what an interrupted preparation left; none is in use, for only the lock's holder prepares."""
-    folder = data_dir / re.split('[/:]', name)[0]
-    for left in [*unfinished(folder), *unfinished(data_dir / 'downloads')]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _failure(name: str, data_dir: Path, urls: list[str], reason: list[str], code: int) -> str:
-    # Where a download went is of no use when it has been swept away.
-    reason = [re.sub(', downloaded to [^,]*', '', line)[:300] for line in reason if line.strip()][:4] or [
-        f'its process ended with code {code}'
-    ]
-    more = f' and {len(urls) - 1} more' if len(urls) > 1 else ''
-    return '\n'.join(
-        [
-            f'{name} could not be prepared in {data_dir}:',
-            *(f'  {line}' for line in reason),
-            *([f'It is fetched from {urls[0]}{more}.'] if urls else []),
-            'Run it where that works, or pass the --data-dir of a copy prepared there as array_record.',
-        ]
+    finally:
+        _remove_unfinished(name, data_dir)
+    copy = None if process.returncode else find(name, data_dir)
+    if copy is not None:
+        return copy
+    url, _, reason = process.stdout.partition('\n')
+    if process.returncode == -signal.SIGALRM:
+        reason = f'no answer within {FIRST_ANSWER_SECONDS} seconds; is there a network?'
+    raise DataError(
+        f'{name} could not be prepared in {data_dir}: {" ".join(reason.split()) or "its process ended early"} '
+        f'(downloaded from {url or "an unknown address"}). Prepare it where the download works, or pass the --data-dir '
+        'of a copy that was prepared elsewhere as array_record'
     )
 
 
-def main(name: str, data_dir: str) -> None:
-    """What the other process does. Its output: the URLs, then the reason of a failure, if any."""
+def _remove_unfinished(name: str, data_dir: Path) -> None:
+    """Removes the folders of an interrupted preparation; none is in use, since only the lock's holder prepares."""
+    folder = data_dir / re.split('[/:]', name)[0]
+    for path in [*unfinished(folder), *unfinished(data_dir / 'downloads')]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def main(name: str, data_dir: str, first_answer_seconds: str) -> None:
+    """Prepares a dataset in this process. Prints the address of a file and then, if it fails, the reason."""
+    signal.alarm(int(first_answer_seconds))  # ends the process; no timeout of requests bounds the lookup of a name
     with contextlib.redirect_stdout(sys.stderr):
         try:
             builder = tfds.builder(name, data_dir=data_dir)
-            print(*sorted(builder.url_infos or {}), sep='\n', file=sys.__stdout__, flush=True)
+            _check_network(builder)
+            signal.alarm(0)
             builder.download_and_prepare(
                 file_format='array_record',
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
-        except Exception as error:  # whatever the code of one of hundreds of sets may raise
-            print(f'{type(error).__name__}: {error}', file=sys.__stdout__, flush=True)
+        except Exception as error:  # the code of hundreds of datasets may raise any type
+            # The folder of a download is removed, so that its name is of no use.
+            reason = re.sub(', downloaded to [^,]*', '', f'{type(error).__name__}: {error}')
+            print(reason[:300], file=sys.__stdout__)
+            sys.exit(1)
+
+
+def _check_network(builder: tfds.core.DatasetBuilder) -> None:
+    """Raises ConnectionError if no server answers a request for a file of the dataset."""
+    url = next((url for url in sorted(builder.url_infos or {}) if url.startswith('http')), '')
+    print(url, file=sys.__stdout__, flush=True)
+    if url:
+        try:
+            requests.get(url, stream=True).close()
+        except requests.RequestException as error:
+            raise ConnectionError(f'no answer; is there a network? ({type(error).__name__})') from error
 
 
 if __name__ == '__main__':

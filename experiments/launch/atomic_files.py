@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process that writes them is killed or power is cut."""
+"""Writes files atomically: after a kill or a power cut each one is complete or absent."""
 
 import contextlib
 import csv
@@ -15,10 +15,10 @@ FORMULAS = ('=', '+', '-', '@', '\t', '\r')
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a new file beside `path`, and moves it there at the end. Follows no link that is at either place.
+    """Opens a temporary file beside `path` and renames it to `path` at the end. Follows no links.
 
     Raises:
-      OSError: if the system fails to write the file, which the error names.
+      OSError: if the file cannot be written; the error names it.
     """
     beside = path.with_name(f'.{path.name}.draft')
     try:
@@ -34,7 +34,7 @@ def draft(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_tree(path: Path) -> None:
-    """Waits until a folder, all in it and its own name are on the disk."""
+    """Waits until a folder, its contents and its name are on the disk."""
     for parent, _, names in os.walk(path):
         for name in names:
             sync(Path(parent, name))
@@ -43,7 +43,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the entries of a folder, are on the disk."""
     number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(number)
@@ -52,14 +52,14 @@ def sync(path: Path) -> None:
 
 
 def save_figure(path: Path, figure: Any, **options: Any) -> None:
-    """Saves a figure of Matplotlib in the format that the name of the file says."""
+    """Saves a figure of Matplotlib in the format of the file's suffix."""
     with draft(path) as file:
         figure.savefig(file, format=path.suffix[1:], **options)
 
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Locks a file, which is made if it is not there and keeps what it holds. The lock ends with the process.
+    """Locks a file, and creates it if it is absent. The contents stay. The lock ends with the process.
 
     Raises:
       BlockingIOError: if another process holds the lock and `wait` is false.
@@ -74,13 +74,13 @@ def _open(path: Path, flags: int) -> IO[bytes]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8, with line ends as they are in the text."""
+    """Writes text as UTF-8, with its line ends unchanged."""
     with draft(path) as file:
         file.write(text.encode())
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as CSV; the first one names the columns. Text that a spreadsheet would run gets an apostrophe."""
+    """Writes rows as CSV, with the columns of the first row. Text that a spreadsheet would run gets an apostrophe."""
     table = io.StringIO(newline='')
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()

@@ -1,100 +1,122 @@
-"""What an experiment can be asked: the flags that all of them have, checked, and the command line of a run."""
+"""The flags that several programs share: what is trained, on which devices, and where it is written."""
 
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import simple_parsing
+import tyro
 
 from experiments.data.tfds_cache import DataError
 from experiments.launch import processes
+from experiments.launch.errors import FlagError
 from experiments.launch.mesh import Devices, choose, mesh_sizes
 from experiments.train.model import TRUNKS
 
-# Beyond it a number is infinite in float32, in which all is computed.
+# A larger number is infinite in float32, the dtype of all computations.
 LARGEST = float(np.finfo(np.float32).max)
 
-# A set may be smaller than a batch, which is filled up then. Beyond this size that would only cost memory.
-FILLED_UP = 1024
+# A batch may be larger than the train split, up to this size. The missing examples are padding.
+LARGEST_PADDED_BATCH = 1024
+
+# Flags that may differ between the processes of one run.
+LOCAL = ('coordinator', 'process_id', 'data_dir', 'out')
 
 
 def flag(name: str) -> str:
+    """Returns the flag of a field, such as --data-dir."""
     return '--' + name.replace('_', '-')
+
+
+def _parse_folder(words: list[str]) -> Path:
+    if not words[0]:
+        raise ValueError("'' is no folder; for the current directory give .")
+    return Path(words[0])
+
+
+# Path('') is the current directory, so that an unset shell variable must be found before the dataclass is made.
+_FOLDER = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar='FOLDER',
+    instance_from_str=_parse_folder,
+    is_instance=lambda value: value is None or isinstance(value, Path),
+    str_from_instance=lambda value: [str(value)],
+)
+Folder = Annotated[Path, _FOLDER]
+OptionalFolder = Annotated[Path | None, _FOLDER]
 
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What is trained, on what, and where it is written."""
+    """Flags of all programs that train."""
 
     PROGRAM: ClassVar[str]
-    # Of a run that is resumed these may be others: they say how and where, but not what comes out. So may --epochs.
+    # Flags that may change on --resume because they do not affect the results of an epoch.
     FREE: ClassVar[tuple[str, ...]] = ('dataset', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
 
     dataset: str = 'digits'
-    """a TFDS name such as mnist, fashion_mnist or cifar10; digits, which needs no download; or a folder of images"""
-    data_dir: Path | None = None
-    """where prepared sets are and go; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
+    """a dataset of TFDS, such as mnist or cifar10; digits, which needs no download; or a folder of images"""
+    data_dir: OptionalFolder = None
+    """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
-    """width and height that all images are brought to, in pixels; 0 leaves them as they are"""
-    out: Path = Path('runs')
-    """folder that the run is written to"""
+    """width and height in pixels to which all images are resized; 0 keeps their size"""
+    out: Folder = Path('runs')
+    """folder for the files of the run"""
     model: Literal['small', 'lenets++'] = 'small'
-    """network: a small CNN, or the paper's LeNets++, which is slow on a CPU"""
+    """network: a small CNN, or the LeNets++ of the paper, which is slow on a CPU"""
     feature_dim: int = 2
-    """number of feature dimensions; other than 2 they are drawn by a PCA"""
+    """number of feature dimensions; pictures show 2, by PCA if there are more"""
     epochs: int = 30
-    """passes over the train set"""
+    """number of passes over the train split"""
     batch_size: int = 32
-    """examples in a step, over all devices together"""
+    """number of examples in a step, summed over all devices"""
     learning_rate: float = 3e-3
-    """step size of Adam, for the parameters; the centers have alpha"""
+    """learning rate of Adam for the parameters of the network; the centers use alpha"""
     seed: int = 0
-    """what the initialization and the order of the examples are drawn from"""
-    overwrite: bool = simple_parsing.field(default=False, action='store_true')
-    """replace the run that --out holds"""
-    resume: bool = simple_parsing.field(default=False, action='store_true')
-    """go on with the run that --out holds, or start it; --epochs may be raised, and flags that say only how and where,
-    such as --parallel, --save-every and --data-dir, may be others"""
+    """random seed of the initialization and of the order of the examples"""
+    overwrite: bool = False
+    """delete the run in --out and start a new one"""
+    resume: bool = False
+    """continue the run in --out, or start it; only --epochs and flags that do not affect results may change"""
 
     def __post_init__(self):
         for name in ('feature_dim', 'epochs', 'batch_size'):
             if getattr(self, name) < 1:
-                raise ValueError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
         if not self.dataset:
-            raise ValueError("--dataset is '', which names nothing; for the images of the current directory give .")
+            raise FlagError("--dataset '' is neither a dataset nor a folder; for the current directory give .")
         if self.image_size < 0:
-            raise ValueError(f'--image-size must be 0 or more, got {self.image_size}')
+            raise FlagError(f'--image-size must be 0 or more, got {self.image_size}')
         if not 0 < self.learning_rate <= LARGEST:
-            raise ValueError(f'--learning-rate must be positive and at most {LARGEST:.2g}, got {self.learning_rate}')
+            raise FlagError(f'--learning-rate must be positive and at most {LARGEST:.2g}, got {self.learning_rate}')
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f'--seed must be in [0, 2**32), got {self.seed}')
+            raise FlagError(f'--seed must be in [0, 2**32), got {self.seed}')
         if self.resume and self.overwrite:
-            raise ValueError('--resume goes on with a run and --overwrite replaces it; pass one of them')
+            raise FlagError('--resume continues a run and --overwrite replaces it; pass only one of them')
 
     def check_data(self, train_examples: int, image_shape: tuple[int, ...]) -> None:
-        """Raises DataError if the network cannot be trained on this data."""
+        """Raises DataError if the network cannot be trained on such data."""
         channels, _ = TRUNKS[self.model]
         height, width, _ = image_shape
         smallest = 2 ** len(channels)
         if min(height, width) < smallest:
             raise DataError(
-                f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs '
-                f'{smallest}x{smallest} or more; pass --image-size {smallest} or more'
+                f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs at least '
+                f'{smallest}x{smallest}; pass --image-size {smallest} or more'
             )
-        if self.batch_size > max(train_examples, FILLED_UP):
+        if self.batch_size > max(train_examples, LARGEST_PADDED_BATCH):
             raise DataError(
                 f'--batch-size is {self.batch_size}, but {self.dataset} has only {train_examples} train examples; '
-                'give that many or fewer'
+                'pass at most that many'
             )
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what comes out of an epoch."""
+        """Returns the flags that affect the results of an epoch, by field name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.FREE}
 
     def command(self) -> str:
-        """The command line that makes this run again."""
+        """Returns the command line of this run."""
         words = ['python', '-m', self.PROGRAM]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -110,56 +132,60 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFlags:
-    """Flags for one device, several, or those of several processes. An experiment's settings are a subclass."""
+    """Flags of all programs that compute: which devices they use, and in how many processes."""
 
     parallel: Literal['auto', 'pmap', 'none'] = 'auto'
-    """devices: auto is all by jit over a mesh, pmap all by jax.pmap, none the first alone"""
+    """auto uses all devices by jax.jit over a mesh, pmap all devices by jax.pmap, none only the first device"""
     mesh: str | None = None
-    """a mesh such as data=2,classes=4, in place of auto's data=8: examples lie over all of its devices, the rows of the
-    centers over the axis classes"""
-    distributed: bool = simple_parsing.field(default=False, action='store_true')
-    """be one of several processes, which jax.distributed finds under Slurm, GKE, MPI and on TPU pods"""
+    """axes of the mesh, such as data=2,classes=4; classes splits the rows of the centers; default: one axis, data"""
+    distributed: bool = False
+    """run as one of several processes that JAX detects under Slurm, GKE, MPI or on a TPU pod"""
     coordinator: str | None = None
-    """be one of several processes, which meet at HOST:PORT of process 0, where JAX cannot find them itself"""
+    """run as one of several processes that connect to HOST:PORT of process 0, where JAX cannot detect them"""
     num_processes: int | None = None
-    """with --coordinator: how many there are"""
+    """with --coordinator: number of processes"""
     process_id: int | None = None
-    """with --coordinator: which one this is, from 0"""
+    """with --coordinator: index of this process, from 0"""
 
     def __post_init__(self):
         named = {'--coordinator': self.coordinator, '--num-processes': self.num_processes}
         named['--process-id'] = self.process_id
         missing = [flag for flag, value in named.items() if value is None]
         if 0 < len(missing) < len(named):
-            raise ValueError(f'{", ".join(named)} go together; {" and ".join(missing)} is missing')
+            raise FlagError(f'{", ".join(named)} must be given together; missing: {", ".join(missing)}')
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(':')
             if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-                raise ValueError(f'--coordinator must be HOST:PORT, got {self.coordinator}')
+                raise FlagError(f'--coordinator must be HOST:PORT, got {self.coordinator}')
         if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(f'--num-processes must be at least 1, got {self.num_processes}')
+            raise FlagError(f'--num-processes must be at least 1, got {self.num_processes}')
         if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
-            raise ValueError(f'--process-id must be from 0 to {(self.num_processes or 0) - 1}, got {self.process_id}')
+            raise FlagError(f'--process-id must be from 0 to {(self.num_processes or 0) - 1}, got {self.process_id}')
         if self.mesh is not None:
             mesh_sizes(self.mesh)
         if self.parallel != 'auto':
             for flag, given in (('--mesh', self.mesh), ('--distributed', self.distributed), *named.items()):
                 if given:
-                    raise ValueError(f'{flag} goes with --parallel auto alone; leave out --parallel {self.parallel}')
+                    raise FlagError(f'{flag} requires --parallel auto; remove --parallel {self.parallel}')
 
-    def join(self) -> None:
-        """Makes this process one of several, if it is to be. Nothing may ask JAX for a device before."""
+    def initialize(self) -> None:
+        """Starts `jax.distributed` if the flags ask for it, and checks that all processes have the same flags.
+
+        Call it before anything else uses a device.
+        """
         if self.distributed or self.coordinator is not None:
-            processes.join(self.coordinator, self.num_processes, self.process_id)
+            processes.initialize(self.coordinator, self.num_processes, self.process_id)
+            settings = dataclasses.asdict(self)
+            processes.check_same({flag(name): value for name, value in settings.items() if name not in LOCAL})
 
     def start(self) -> Devices:
-        """The devices, those of all processes together."""
+        """Returns the devices of all processes that the flags select."""
         return choose(self.parallel, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Common, DeviceFlags):
-    """And how its arms are trained, saved and measured."""
+    """Flags of the programs that compare softmax alone with center loss."""
 
     FREE: ClassVar[tuple[str, ...]] = (
         *Common.FREE,
@@ -168,15 +194,15 @@ class Settings(Common, DeviceFlags):
     )
 
     center_weight: float = 0.1
-    """weight lambda of the center loss in the center arm, 0 or more; the softmax arm has 0"""
+    """weight lambda of the center loss in the center arm, at least 0; the softmax arm has 0"""
     alpha: float = 0.5
-    """step of the centers, Eq. 4, in [0, 1]"""
+    """step size of the centers (Eq. 4), from 0 to 1"""
     save_every: float = 60.0
-    """seconds between saves; each arm is saved at its end in any case"""
-    tensorboard: bool = simple_parsing.field(default=False, action='store_true')
-    """write the metrics as TensorBoard event files too"""
-    profile: bool = simple_parsing.field(default=False, action='store_true')
-    """write a jax.profiler trace of a few steps after the first ones"""
+    """seconds between saves; each arm is always saved at its end"""
+    tensorboard: bool = False
+    """also write the metrics as TensorBoard event files"""
+    profile: bool = False
+    """write a jax.profiler trace of a few steps"""
 
     def __post_init__(self):
         Common.__post_init__(self)
@@ -184,14 +210,16 @@ class Settings(Common, DeviceFlags):
         check_weight(self.center_weight, '--center-weight')
         check_alpha(self.alpha, '--alpha')
         if not self.save_every >= 0:
-            raise ValueError(f'--save-every must be 0 or more, got {self.save_every}')
+            raise FlagError(f'--save-every must be 0 or more, got {self.save_every}')
 
 
 def check_weight(value: float, name: str) -> None:
+    """Raises FlagError if a weight of the center loss is negative or infinite in float32."""
     if not 0 <= value <= LARGEST:
-        raise ValueError(f'{name} must be from 0 to {LARGEST:.2g}, got {value}')
+        raise FlagError(f'{name} must be from 0 to {LARGEST:.2g}, got {value}')
 
 
 def check_alpha(value: float, name: str) -> None:
+    """Raises FlagError if a step size of the centers is not in [0, 1]."""
     if not 0 <= value <= 1:
-        raise ValueError(f'{name} must be in [0, 1], got {value}')
+        raise FlagError(f'{name} must be in [0, 1], got {value}')

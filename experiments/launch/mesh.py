@@ -1,6 +1,6 @@
-"""Where a run computes: one device, all of them by `jax.jit` over a mesh, or all of them by `jax.pmap`.
+"""The devices of a run: one device, several by `jax.jit` over a mesh, or several by `jax.pmap`.
 
-The step is the same function in each. What differs is how a state and a batch are laid out, and that is here.
+The same step function runs on each. The layout of the state and of a batch differs, and this module hides it.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
+from experiments.launch.errors import FlagError
 
 AXES = ('data', 'classes')
 
@@ -25,8 +26,8 @@ AXES = ('data', 'classes')
 class Devices:
     """The devices of a run. `axis_name` is set under pmap, `mesh` otherwise.
 
-    Over a mesh every device has its share of the examples, and of the centers those rows that the axis 'classes', where
-    there is one, gives it.
+    The examples are split over all devices of the mesh. The rows of the centers are split over its axis 'classes', if
+    it has one.
     """
 
     devices: tuple[Any, ...]  # of jax.Device
@@ -36,7 +37,7 @@ class Devices:
     def compile(self, step: Callable) -> Callable:
         """Compiles `step(state, images, labels, center_weight) -> (state, metrics)`; the state is updated in place.
 
-        All arguments must have been placed: the step moves nothing to a device by itself.
+        All arguments must be on their devices, since the step transfers none.
         """
         if self.axis_name is None:
             return jax.jit(step, donate_argnums=0)
@@ -44,6 +45,7 @@ class Devices:
         return jax.pmap(step, self.axis_name, donate_argnums=0, devices=list(self.devices))
 
     def place_state(self, state: Any) -> Any:
+        """Replicates a state over the devices; the rows of the centers are split over the axis 'classes'."""
         mesh = self.mesh
         if mesh is None:
             return jax_utils.replicate(state, list(self.devices))
@@ -57,7 +59,7 @@ class Devices:
         return jax.tree_util.tree_map_with_path(place, state)
 
     def place_batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
-        """Spreads a batch, or this process's part of it, over its devices, filled up with the label -1."""
+        """Splits a batch, or this process's part of it, over the devices, padded with examples of label -1."""
         missing = -len(labels) % (len(self.devices) // jax.process_count())
         if missing:
             images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
@@ -70,37 +72,37 @@ class Devices:
         return jax.device_put(stacked, NamedSharding(mesh, P(self.axis_name)))
 
     def rounded_up(self, batch_size: int) -> int:
-        """The least number of examples from `batch_size` on that the devices divide."""
+        """Returns `batch_size` rounded up to a multiple of the number of devices."""
         return batch_size + -batch_size % len(self.devices)
 
     def spread(self, arrays: Any) -> Any:
-        """Arrays of examples, or of this process's part of them, over a mesh; elsewhere they stay as they are."""
+        """Splits arrays of examples, or this process's part of them, over the mesh; without a mesh returns them."""
         if self.mesh is None:
             return arrays
-        with jax.transfer_guard('allow'):  # of several processes' parts JAX takes the transfer for one by the way
+        with jax.transfer_guard('allow'):  # with several processes this counts as an implicit transfer
             return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P(self.mesh.axis_names)), arrays)
 
     def gather(self, arrays: Any) -> Any:
-        """Arrays of examples as `spread` laid them out, or a function of them, whole and in NumPy."""
+        """Returns arrays that `spread` has split, or arrays computed from them, whole and as NumPy arrays."""
         if jax.process_count() == 1:
             return jax.device_get(arrays)
         return multihost_utils.process_allgather(arrays, tiled=True)
 
     def one(self, tree: Any) -> Any:
-        """One copy of what the devices have; the centers in C rows, on the host if they are spread over a mesh."""
+        """Returns one copy of a replicated tree; centers that a mesh has split are joined to C rows on the host."""
         if self.mesh is None:
             return jax.tree.map(lambda a: a[0], tree)
         whole = lambda path, leaf: clj.unshard_centers(leaf) if _is_table(path) else leaf  # noqa: E731
         return jax.tree_util.tree_map_with_path(whole, tree)
 
     def fetch(self, tree: Any) -> Any:
-        """One copy of what the devices have, in NumPy, on the host."""
+        """Returns one copy of a replicated tree as NumPy arrays."""
         one = self.one(jax.device_get(tree)) if self.mesh is None else jax.device_get(self.one(tree))
-        return jax.tree.map(np.asarray, one)  # a number as an array [], which a save can be compared with
+        return jax.tree.map(np.asarray, one)  # scalars become arrays [], as in a save
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
-    """device_put; over several processes without comparing what each of them has."""
+    """Puts an array on its devices; unlike `jax.device_put`, does not compare the values of several processes."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     host = np.asarray(jax.device_get(leaf))
@@ -112,13 +114,16 @@ def _is_table(path: Any) -> bool:
 
 
 def choose(parallel: str, mesh: str | None = None) -> Devices:
-    """The devices for `--parallel` and `--mesh`: 'auto' is a mesh over those of all processes, 'none' the first."""
-    # One process's after the other's, so that the parts of a batch that they read stay next to each other.
+    """Returns the devices that `--parallel` and `--mesh` select.
+
+    'auto' is a mesh over the devices of all processes, 'none' is the first device of this process.
+    """
+    # Ordered by process, so that each process holds consecutive examples of a batch.
     found = tuple(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
     if mesh is not None:
         sizes = mesh_sizes(mesh)
         if math.prod(sizes.values()) != len(found):
-            raise ValueError(f'--mesh {mesh} has {math.prod(sizes.values())} devices, but there are {len(found)}')
+            raise FlagError(f'--mesh {mesh} has {math.prod(sizes.values())} devices, but there are {len(found)}')
         return over_mesh(found, sizes)
     if parallel == 'pmap':
         return Devices(found, axis_name='data', mesh=None)
@@ -127,21 +132,21 @@ def choose(parallel: str, mesh: str | None = None) -> Devices:
 
 
 def over_mesh(devices: Sequence[Any], sizes: Mapping[str, int]) -> Devices:
-    """These devices as a mesh with axes of these names and sizes."""
+    """Returns the devices as a mesh whose axes have these names and sizes."""
     grid = np.array(devices).reshape(*sizes.values())
     mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     return Devices(tuple(devices), axis_name=None, mesh=mesh)
 
 
 def mesh_sizes(mesh: str) -> dict[str, int]:
-    """The axes of a mesh as `--mesh` names them, such as 'data=2,classes=4', and their sizes."""
+    """Parses the names and sizes of the axes of a mesh, such as 'data=2,classes=4'."""
     sizes = {}
     for axis in mesh.split(','):
         name, _, size = axis.partition('=')
         if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise ValueError(
-                f'--mesh must name the axes {" and ".join(AXES)}, or one of them, each once with its number of '
-                f'devices, such as data=2,classes=4; got {mesh}'
+            raise FlagError(
+                f'--mesh must have one or both of the axes {" and ".join(AXES)} with their sizes, such as '
+                f'data=2,classes=4; got {mesh}'
             )
         sizes[name] = int(size)
     return sizes

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked, what it measured a row at a time, and what came of it."""
+"""The folder of a run: its settings, its metrics (a row for each epoch) and its results."""
 
 import contextlib
 import csv
@@ -33,12 +33,12 @@ FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile', 'cells')
 CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, CELLS = FOLDERS
 
 
-# The lock of the run that this process has begun. The kernel frees it when the process ends.
+# The lock of the run of this process. The kernel releases it when the process ends.
 _lock = contextlib.ExitStack()
 
 
 class RunError(Exception):
-    """Something about a run that its user can put right; the message says how."""
+    """An error about a run that the user can correct; the message says how."""
 
 
 class DamagedError(RunError):
@@ -46,7 +46,7 @@ class DamagedError(RunError):
 
 
 def environment(devices: Devices) -> dict[str, Any]:
-    """Where a run computes and with what."""
+    """Returns the devices of a run and the versions of its libraries."""
     kinds = sorted({device.device_kind for device in devices.devices})
     return {
         'processes': jax.process_count(),
@@ -59,53 +59,53 @@ def environment(devices: Devices) -> dict[str, Any]:
     }
 
 
-def in_a_line(surroundings: Mapping[str, Any]) -> str:
+def format_environment(surroundings: Mapping[str, Any]) -> str:
+    """Returns `environment` as a line of text."""
     versions = ', '.join(f'{name} {number}' for name, number in surroundings['versions'].items())
     return f'{surroundings["devices"]} ({surroundings["backend"]}); {versions}'
 
 
 def check_folder(out: Path) -> None:
-    """Raises RunError if no file can be written to the folder `out`. What was made to find out is removed again."""
+    """Raises RunError if no file can be written to the folder `out`. Leaves no new file or folder."""
     made = []
     try:
         if out.exists() and not out.is_dir():
-            raise RunError(f'--out {out} is a file; name a folder')
+            raise RunError(f'--out {out} is a file; pass a folder')
         made = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise RunError(f'--out {out} cannot be written to ({error.strerror}); name another folder') from error
+        raise RunError(f'--out {out} cannot be written to ({error.strerror}); pass another folder') from error
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # it was not made, or another process uses it
+            with contextlib.suppress(OSError):  # it does not exist, or another process uses it
                 path.rmdir()
 
 
 class Run:
-    """The folder `out` of a run. If it holds a run already, that one is resumed or overwritten, or it is an error.
+    """The folder `out` of a run. An earlier run there is resumed or overwritten, or it is an error.
 
-    A run is where its settings are. Without them, what has the name of a run's file may be anyone's.
+    A folder holds a run if it holds config.json. Without it, files with the names of a run's files may be the user's.
     """
 
     def __init__(self, out: Path, *, overwrite: bool, resume: bool = False):
-        if processes.first():
+        if processes.is_main_process():
             check_folder(out)
         held = (out / CONFIG).exists()
         if all(processes.largest(held, not held)):
             raise RunError(
-                f'--out {out} holds a run for some of the processes and none for others; name a folder that all see'
+                f'--out {out} holds a run on some of the processes only; pass a folder that all processes share'
             )
         if held and not (overwrite or resume):
             raise RunError(
-                f'--out {out} holds a run; name another folder, or pass --resume to go on with it, '
-                'or --overwrite to replace it'
+                f'--out {out} holds a run; pass --resume to continue it, --overwrite to replace it, or another folder'
             )
         names = (METRICS, SUMMARY, KNOWN, DATA, *TABLES, *PAGES, *FOLDERS)
         taken = [name for name in names if os.path.lexists(out / name)]
         if taken and not held:
             raise RunError(
-                f'--out {out} holds {taken[0]}, but no {CONFIG}, so it is no run and nothing is removed; '
-                'name another folder'
+                f'--out {out} holds {taken[0]}, but no {CONFIG}, so that it is no run and nothing is removed; '
+                'pass another folder'
             )
         self.out = out
         self._held = held
@@ -113,41 +113,43 @@ class Run:
         self.rows: list[dict[str, Any]] = []
 
     def finished(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
-        """Returns whether a run of these settings is there and its page and all files of these names are whole."""
+        """Returns whether a run with these settings exists whose page and files of these names are complete."""
         if not self.resumed or not self.config().items() >= plain(settings).items():
             return False
         return all(is_whole(self.out / name) for name in (PAGES[-1], *names))
 
     def start(self, config: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-        """Makes the folder and saves the settings, and what tells the data from others.
+        """Creates the folder and saves the settings and the fingerprint of the data.
 
-        Of what an earlier run wrote there, and nothing else, it removes all, or the results alone if that run is
-        resumed. Of several processes the first one does it.
+        Removes the files of an earlier run, or only its results if it is resumed, and no other files. With several
+        processes, process 0 does all this.
         """
-        if processes.first():
+        if processes.is_main_process():
             self._take()
-        processes.together('the folder is locked')
-        if processes.first():
+        processes.barrier('folder locked')
+        if processes.is_main_process():
             self._clear(config, identity)
-        processes.together('the folder is made')
+        processes.barrier('folder created')
 
     def _take(self) -> None:
-        """Locks the folder for this process, or raises RunError if another run is or was at work there."""
+        """Locks the folder. Raises RunError if another run uses it, or has started there since it was checked."""
         self.out.mkdir(parents=True, exist_ok=True)
         _lock.close()
         try:
             _lock.enter_context(lock(self.out / LOCK, wait=False))
         except BlockingIOError as error:
-            raise RunError(f'--out {self.out} is in use by another run; wait for its end, or name another') from error
+            raise RunError(
+                f'--out {self.out} is in use by another run; wait for its end, or pass another folder'
+            ) from error
         except OSError as error:
-            raise RunError(f'{self.out / LOCK} cannot be locked ({error.strerror}); name another --out') from error
+            raise RunError(f'{self.out / LOCK} cannot be locked ({error.strerror}); pass another --out') from error
         if not self._held and (self.out / CONFIG).exists():
-            raise RunError(f'--out {self.out} holds a run that has begun since; name another folder')
+            raise RunError(f'--out {self.out} holds a run that has just started; pass another folder')
 
     def _clear(self, config: Mapping[str, Any], identity: Mapping[str, str]) -> None:
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
-        if not self.resumed:  # the settings are replaced last: until then the rest is known as a run's
+        if not self.resumed:  # config.json is replaced last: it marks the other files as a run's
             (self.out / METRICS).unlink(missing_ok=True)
             for name in FOLDERS:
                 _remove(self.out / name)
@@ -155,13 +157,13 @@ class Run:
         write_json(self.out / CONFIG, config)
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raises RunError at the first setting that is not that of the run that is resumed."""
+        """Raises RunError if a setting differs from that of the resumed run."""
         saved = self.config()
         for name, value in plain(settings).items():
             if name in saved and saved[name] != value:
                 raise RunError(
                     f'--resume: {name.replace("_", "-")} is {value}, but the run in {self.out} has {saved[name]}; '
-                    'give that, or another --out'
+                    'pass that value, or another --out'
                 )
 
     def check_data(self, dataset: str, identity: Mapping[str, str]) -> None:
@@ -181,14 +183,14 @@ class Run:
             )
 
     def saved_rows(self, arm: str) -> list[dict[str, Any]]:
-        """Returns the rows of an arm as they would be read from metrics.csv."""
+        """Returns the rows of an arm with the values that metrics.csv would give."""
         rows = (row for row in self.rows if row['arm'] == arm)
         return [{key: _number(str(value)) for key, value in row.items()} for row in rows]
 
     def add_metrics(self, *rows: Mapping[str, Any]) -> None:
         """Adds rows to metrics.csv. The first one names the columns."""
         self.rows += map(dict, rows)
-        if rows and processes.first():
+        if rows and processes.is_main_process():
             write_table(self.out / METRICS, self.rows)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -199,7 +201,7 @@ class Run:
         return read_config(self.out)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        if processes.first():
+        if processes.is_main_process():
             write_json(self.out / SUMMARY, summary)
 
 
@@ -219,23 +221,23 @@ def is_whole(path: Path) -> bool:
             with Image.open(path, formats=FORMATS) as image:
                 image.verify()
         return path.stat().st_size > 0
-    except Exception:  # Pillow raises some ten types; the file is made again, whatever it was
+    except Exception:  # Pillow raises some ten types; the run writes the file again
         return False
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder; of a link to one the link, for where it leads is its user's own."""
+    """Removes a folder. Of a link it removes only the link, since its target may be the user's."""
     try:
         if folder.is_symlink():
             folder.unlink()
         elif folder.exists():
             shutil.rmtree(folder)
     except OSError as error:
-        raise RunError(f'{folder} cannot be removed ({error.strerror}); remove it, or name another --out') from error
+        raise RunError(f'{folder} cannot be removed ({error.strerror}); remove it, or pass another --out') from error
 
 
 def _number(text: str) -> float | str:
-    """A number as Python writes it, so that writing it again gives the same text."""
+    """Parses a number that Python has written, so that writing it again gives the same text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -279,11 +281,12 @@ def reading(path: Path, cure: str) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON: numbers that are not finite, for which JSON has no word, become null."""
+    """Writes strict JSON; NaN and infinite numbers, which JSON lacks, become null."""
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + '\n')
 
 
 def plain(value: Any) -> Any:
+    """Returns a value as JSON can hold it: dictionaries, lists, texts, finite numbers and null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that a run fulfils where its state is whole: it saves, and says how to go on."""
+"""SIGINT and SIGTERM as requests to stop: the run saves at its next step, and prints how to continue."""
 
 import signal
 from typing import Any
@@ -7,46 +7,46 @@ from experiments.launch import processes
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved; the message says how to go on."""
+    """Raised when a requested stop has been saved; the message says how to continue."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
-        self.exit_code = 128 + signum  # as shells have it: 130 for Ctrl-C, 143 for SIGTERM
+        self.exit_code = 128 + signum  # as in shells: 130 for SIGINT, 143 for SIGTERM
 
 
 class Stop:
-    """Listens to both signals within its `with` statement; a second one ends the process as it always did."""
+    """Handles both signals inside a `with` statement. A second signal has its default effect."""
 
     def __init__(self, command: str):
         self._command = command
-        self._heard = self._signum = 0
-        self._before: dict[int, Any] = {}
+        self._received = self._signum = 0
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> 'Stop':
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, signum: int, _) -> None:
-        self._heard = signum
+    def _handle(self, signum: int, _) -> None:
+        self._received = signum
         if not processes.several():
             self._signum = signum
         self.__exit__()
 
-    def agree(self, *others: int) -> list[int]:
-        """Asks all processes of a run to stop if one of them was asked; returns the largest of their other numbers."""
-        self._signum, *rest = processes.largest(self._heard, *others)
+    def synchronize(self, *values: int) -> list[int]:
+        """Requests a stop in all processes if one has received a signal; returns the largest of the other values."""
+        self._signum, *rest = processes.largest(self._received, *values)
         return rest
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self._signum != 0
 
-    def obey(self) -> None:
-        """Raises Stopped if the run was asked to stop."""
+    def raise_if_requested(self) -> None:
+        """Raises Stopped if a stop was requested. Call it when the state has been saved."""
         if self._signum:
             name = signal.Signals(self._signum).name
-            raise Stopped(f'stopped by {name}, and saved. To go on: {self._command}', self._signum)
+            raise Stopped(f'stopped by {name}, and saved. To continue: {self._command}', self._signum)

@@ -69,7 +69,7 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         with self._writing() if kind is None else contextlib.suppress(Exception):  # of two errors the first one counts
             self._manager.close()
-            if processes.first():
+            if processes.is_main_process():
                 sync(self._folder)
 
     def due(self) -> bool:
@@ -78,8 +78,8 @@ class Checkpoints:
             self._calls += 1
             if self._calls % AGREE_EVERY:
                 return False
-            (wanted,) = self._stop.agree(wanted)
-        return self._stop.asked or bool(wanted)
+            (wanted,) = self._stop.synchronize(wanted)
+        return self._stop.requested or bool(wanted)
 
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None:
         """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped."""
@@ -92,9 +92,9 @@ class Checkpoints:
         with self._writing():
             self._manager.save(int(host.step), args=ocp.args.Composite(**items), force=True)
             self._last = time.monotonic()
-            if self._stop.asked:
+            if self._stop.requested:
                 self._manager.wait_until_finished()
-        self._stop.obey()
+        self._stop.raise_if_requested()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -109,7 +109,7 @@ class Checkpoints:
 
     def _sync(self) -> None:
         """Waits until a save is on the disk. Process 0 has written it."""
-        if processes.first():
+        if processes.is_main_process():
             for path in _unfinished(self._folder):
                 sync_tree(path)
 
@@ -123,10 +123,10 @@ class Checkpoints:
         Raises:
           RunError: if a save does not fit `like`, or if the system fails to read one. Every save stays in place then.
         """
-        for path in _unfinished(self._folder) if processes.first() else ():
+        for path in _unfinished(self._folder) if processes.is_main_process() else ():
             tell(f'{path} is unfinished; it is left out')
             shutil.rmtree(path)
-        processes.together('unfinished saves are gone')
+        processes.barrier('unfinished saves are gone')
         for step in _steps(self._folder):
             path, found, error = self._folder / str(step), None, None
             try:
@@ -143,10 +143,10 @@ class Checkpoints:
                 error = caught
             if any(processes.largest(found is None)):
                 reason = _reason(error) if error else 'another process could not read it'
-                if processes.first():
+                if processes.is_main_process():
                     aside = _move_aside(path)
                     tell(f'{path} is damaged; it is left out and now {aside.name} ({reason})')
-                processes.together('a damaged save is aside')
+                processes.barrier('a damaged save is aside')
                 self._manager.reload()
                 continue
             assert found is not None

@@ -95,8 +95,8 @@ def work_on_devices(
     for cell in cells:
         trainer.train(cell)
         yield cell
-        stop.agree()
-        stop.obey()
+        stop.synchronize()
+        stop.raise_if_requested()
 
 
 def work_on_cores(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -> Iterator[Cell]:
@@ -118,7 +118,7 @@ def work_on_cores(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -
                 for future in done:
                     future.result()
                     yield futures.pop(future)
-                stop.obey()
+                stop.raise_if_requested()
         finally:
             if futures:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -183,8 +183,8 @@ class Trainer:
         if cell.feature_dim == 2:
             train, test = (evaluate(one, split, devices) for split in (sample(known.train), known.test))
             snapshot = snapshot_of(settings.epochs, one, test, known.num_classes, train)
-            if processes.first():
+            if processes.is_main_process():
                 save_snapshot(cell.path(task.folder).with_suffix('.npz'), snapshot)
-        if processes.first():  # this file marks the cell as done, so it comes last
+        if processes.is_main_process():  # this file marks the cell as done, so it comes last
             measures = {**cell._asdict(), **values, 'train_seconds': time.perf_counter() - start}
             write_json(cell.path(task.folder), measures)

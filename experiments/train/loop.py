@@ -31,7 +31,7 @@ from experiments.launch.run_folder import (
     Run,
     RunError,
     environment,
-    in_a_line,
+    format_environment,
     is_whole,
 )
 from experiments.launch.stopping import Stop
@@ -60,7 +60,7 @@ class Job:
         self.devices = settings.start()
         self.console = output.console()
         self._surroundings = environment(self.devices)
-        self.tell(in_a_line(self._surroundings))
+        self.tell(format_environment(self._surroundings))
         self.run = Run(settings.out, overwrite=settings.overwrite, resume=settings.resume)
 
     def tell(self, line: str) -> None:
@@ -141,7 +141,7 @@ class Job:
         model = Classifier(settings.model, settings.feature_dim, self.data.num_classes)
         step = self.devices.compile(train_step)
         resume = dataclasses.replace(settings, resume=True, overwrite=False).command()
-        traces = settings.profile and processes.first()
+        traces = settings.profile and processes.is_main_process()
         profile = traced(step, self.run.out / PROFILE) if traces else nullcontext(step)
         results = {}
         with Progress(self.console) as progress, Stop(resume) as stop, profile as step:
@@ -184,7 +184,7 @@ class Job:
             measure(0, one)
         else:
             self.tell(f'the {arm.name} arm continues after {epochs} epochs and {tally.steps} steps')
-        writes = self.settings.tensorboard and processes.first()
+        writes = self.settings.tensorboard and processes.is_main_process()
         scalars = Scalars(self.run.out / TENSORBOARD / arm.name, saves.rows) if writes else None
         progress.start(arm.name, last * steps, int(host.step))
         for epoch in range(epochs + 1, last + 1):

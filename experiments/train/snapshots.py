@@ -37,13 +37,13 @@ class History:
     def add(self, snapshot: Snapshot) -> None:
         """Adds a snapshot and writes its file."""
         self.snapshots[snapshot.epoch] = snapshot
-        if processes.first():
+        if processes.is_main_process():
             self._folder.mkdir(exist_ok=True)
             save_snapshot(self._path(snapshot.epoch), snapshot)
 
     def read(self, epochs: int, tell: Callable[[str], None]) -> None:
         """Reads the missing snapshots before `epochs`, and prints which files are left out."""
-        for epoch in sorted(set(range(epochs)) - self.snapshots.keys()) if processes.first() else ():
+        for epoch in sorted(set(range(epochs)) - self.snapshots.keys()) if processes.is_main_process() else ():
             try:
                 self.snapshots[epoch] = load_snapshot(self._path(epoch))
             except DamagedError as error:

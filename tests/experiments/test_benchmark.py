@@ -10,6 +10,7 @@ from PIL import Image
 from experiments import benchmark
 from experiments.bench import ours, pytorch, timing, turns
 from experiments.bench.problem import Problem
+from experiments.launch.errors import FlagError
 from experiments.launch.mesh import choose
 
 PROBLEM = Problem(batch_size=64, num_classes=24, feature_dim=6)
@@ -122,5 +123,5 @@ def test_numbers_are_written_to_the_table_and_the_picture(tmp_path, capsys, monk
     'settings', [{'classes': ()}, {'batch_sizes': (0,)}, {'rounds': 0}, {'feature_dim': -1}], ids=str
 )
 def test_wrong_sizes_are_named(settings):
-    with pytest.raises(ValueError, match='--' + next(iter(settings)).replace('_', '-')):
+    with pytest.raises(FlagError, match='--' + next(iter(settings)).replace('_', '-')):
         benchmark.Config(**settings)

@@ -71,6 +71,14 @@ def test_by_hand():
     assert costs.step_costs(4, 2, 5).temporaries == 5 * 64 + 4 * 8
 
 
+def test_no_mesh_is_one_line_that_names_the_flag_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(costs.Config, costs.main, 'experiments.costs', ['--meshes'])
+    assert end.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert '--meshes' in error
+
+
 def test_the_command_prints_a_row_for_each_mesh(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(costs.Config, costs.main, 'experiments.costs', ['--meshes', 'classes=4', 'data=2,classes=4'])

@@ -118,7 +118,6 @@ def test_an_image_that_is_no_digit_is_unknown(trained, tmp_path):
         (('--images', 'digits:test', '--run', 'nowhere'), ('nowhere', '--resume')),
         (('--images', '{empty}'), ('*.png',)),
         (('--images', '{broken}'), ('broken.png',)),
-        ((), ('--images',)),
     ],
 )
 def test_what_cannot_be_labelled_is_one_line_that_says_why_and_exit_code_2(trained, tmp_path, capsys, flags, named):
@@ -131,6 +130,11 @@ def test_what_cannot_be_labelled_is_one_line_that_says_why_and_exit_code_2(train
     assert len(error.splitlines()) == 1
     assert all(word in error for word in named)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_command_without_images_names_the_flag_and_has_exit_code_2(capsys):
+    assert run() == 2
+    assert '--images' in capsys.readouterr().err
 
 
 def test_a_damaged_save_is_one_line_that_says_how_to_make_it_anew(trained, tmp_path, capsys):

@@ -112,6 +112,13 @@ def test_softmax_alone_and_a_picture_of_two_dimensions_are_cells_of_each_sweep()
     assert Cell(0.0, 0.5, 4, 64) in cells
 
 
+@pytest.mark.parametrize('flag', ['--weights', '--alphas'])
+def test_no_value_for_a_list_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsys, flag):
+    assert run('--out', tmp_path / 'run', flag) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert flag in error
+
+
 @pytest.mark.parametrize(
     ('flag', 'value'),
     [('--weights', '-1'), ('--alphas', '2'), ('--seeds', '0'), ('--workers', '-1'), ('--held-out', 'all')],
@@ -135,6 +142,6 @@ def test_a_sweep_that_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(sweep, 'work_on_cores', interrupted)
         assert run(*FLAGS, '--out', tmp_path / 'sweep') == 143
-    assert 'To go on: python -m experiments.sweep' in capsys.readouterr().err
+    assert 'To continue: python -m experiments.sweep' in capsys.readouterr().err
     assert run(*FLAGS, '--out', tmp_path / 'sweep', '--resume') == 0
     assert table(tmp_path / 'sweep') == table(whole)

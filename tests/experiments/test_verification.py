@@ -100,7 +100,7 @@ def test_other_held_out_classes_are_another_run(whole, tmp_path, capsys):
     assert 'held-out' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(('flag', 'value'), [('--seeds', 0), ('--held-out', '9-12'), ('--similarity', 'manhattan')])
+@pytest.mark.parametrize(('flag', 'value'), [('--seeds', 0), ('--held-out', '9-12')])
 def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsys, flag, value):
     assert run('--out', tmp_path / 'run', flag, value) == 2
     error = capsys.readouterr().err

@@ -44,8 +44,7 @@ def error_of_preparing(data_dir) -> str:
     with pytest.raises(tfds_cache.DataError, match='fashion_mnist could not be prepared') as error:
         prepare._prepare('fashion_mnist', data_dir)
     message = str(error.value)
-    assert len(message.splitlines()) <= 10
-    assert 'Traceback' not in message
+    assert len(message.splitlines()) == 1
     assert 'fashion-mnist.s3-website' in message
     assert '--data-dir' in message
     assert tfds_cache.find('fashion_mnist', data_dir) is None
@@ -70,29 +69,31 @@ def test_what_others_put_beside_a_preparation_stays(tmp_path):
         path.mkdir(parents=True)
         (path / 'file').touch()
     (tmp_path / 'fashion_mnist' / 'incomplete.4XT2QG_3.0.2').symlink_to(kept[0])
-    prepare._sweep('fashion_mnist', tmp_path)
+    prepare._remove_unfinished('fashion_mnist', tmp_path)
     assert not any(path.exists() for path in left)
     assert all((path / 'file').exists() for path in kept)
 
 
-def test_no_answer_is_the_same_short_error_each_time(tmp_path, proxy, monkeypatch):
-    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 0.5)
+def test_no_answer_is_the_same_line_each_time(tmp_path, proxy, monkeypatch):
+    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 5)
     over = threading.Event()
-    proxy(lambda request: over.wait(30))
+    proxy(lambda request: over.wait(100))
     first, second = error_of_preparing(tmp_path), error_of_preparing(tmp_path)
     over.set()
-    assert 'no answer; is there a network?' in first
+    assert 'no answer within 5 seconds; is there a network?' in first
     assert first == second
 
 
-def test_connections_that_break_at_once_need_no_wait_for_an_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', float('inf'))
-    monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # nobody listens there
+def test_a_connection_that_is_refused_ends_preparation_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 600)
+    monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # no server listens there
+    begun = time.monotonic()
     assert 'no answer; is there a network?' in error_of_preparing(tmp_path)
+    assert time.monotonic() - begun < 300
 
 
 def test_a_slow_download_that_lives_is_waited_for(tmp_path, proxy, monkeypatch):
-    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 0.5)
+    monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 10)
 
     def answer(request):
         request.send_response(200)
@@ -100,7 +101,7 @@ def test_a_slow_download_that_lives_is_waited_for(tmp_path, proxy, monkeypatch):
         request.end_headers()
         for _ in range(3):
             request.wfile.write(b'x')
-            time.sleep(0.5)
+            time.sleep(8)
 
     proxy(answer)
     assert 'wrong checksum' in error_of_preparing(tmp_path)

@@ -112,12 +112,12 @@ def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
 def test_a_lock_neither_empties_its_file_nor_follows_a_link(tmp_path, theirs):
     lock = tmp_path / '.lock'
     lock.write_text('kept')
-    with tfds_cache.lock(tmp_path):
+    with tfds_cache.lock_cache(tmp_path):
         pass
     assert lock.read_text() == 'kept'
     lock.unlink()
     lock.symlink_to(theirs)
-    with pytest.raises(OSError, match='symbolic link'), tfds_cache.lock(tmp_path):
+    with pytest.raises(OSError, match='symbolic link'), tfds_cache.lock_cache(tmp_path):
         pass
     assert theirs.read_text() == 'theirs'
 

@@ -109,7 +109,7 @@ def test_a_run_that_is_stopped_in_both_arms_says_how_to_go_on_and_ends_as_if_it_
             assert run(*flags) == code
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1
-        command = shlex.split(said[0].partition('To go on: ')[2])
+        command = shlex.split(said[0].partition('To continue: ')[2])
         assert command[:3] == ['python', '-m', 'experiments.toy2d']
         flags = command[3:]
         assert '--resume' in flags
