@@ -89,7 +89,7 @@ def at_most(number: Any, limit: Any) -> bool:
     """Returns whether number <= limit is known. It is not for None, nor for some symbolic sizes of `jax.export`."""
     try:
         return number is not None and bool(number <= limit)
-    except jax.core.InconclusiveDimensionOperation:
+    except jax.errors.InconclusiveDimensionOperation:
         return False
 
 
