@@ -152,7 +152,7 @@ def check_axis_name(axis_name: AxisName | None) -> None:
 def check_alpha(alpha: Any) -> None:
     if callable(alpha):
         return
-    if alpha is None or isinstance(alpha, str) or jnp.ndim(alpha) != 0:
+    if not isinstance(alpha, (int, float, np.generic, np.ndarray, Array)) or np.ndim(alpha) != 0:
         raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
     if not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')

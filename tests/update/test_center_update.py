@@ -254,10 +254,11 @@ def test_an_alpha_outside_of_0_to_1_is_an_error(make, alpha):
         make(alpha)
 
 
-@pytest.mark.parametrize('alpha', [np.array([0.5, 0.5]), 'half'], ids=repr)
-def test_an_alpha_that_is_no_number_is_an_error(alpha):
-    with pytest.raises(TypeError):
-        clj.center_update(alpha)
+@pytest.mark.parametrize('make', [clj.center_update, partial(clj.with_centers, optax.sgd(0.1))])
+@pytest.mark.parametrize('alpha', [np.array([0.5, 0.5]), 'half', None, [0.5]], ids=repr)
+def test_an_alpha_that_is_no_number_is_an_error(make, alpha):
+    with pytest.raises(TypeError, match='alpha must be a number'):
+        make(alpha)
 
 
 @pytest.mark.parametrize('alpha', [0.3, optax.linear_schedule(1.0, 0.0, 10)], ids=['number', 'schedule'])
