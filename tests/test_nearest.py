@@ -288,6 +288,16 @@ def test_the_nearest_center_is_the_same_on_a_mesh_and_no_table_travels(on_one_de
     assert max(collective_sizes(compiled), default=0) < 512  # a device's shard of the table has 1,536 numbers
 
 
+def test_a_table_on_a_mesh_can_be_searched_outside_of_jit():
+    x, centers = make_features(num_classes=13)
+    mesh = jax.make_mesh((8,), ('classes',), axis_types=(AxisType.Auto,))
+    table = clj.shard_centers(centers, NamedSharding(mesh, P('classes')))
+    labels, distances = clj.nearest_center(x, table, block_size=4)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+
+
 def test_every_device_searches_the_whole_table(per_device):
     x, centers = make_features(leading=(2, 7))
     labels, distances = per_device(lambda x, centers: clj.nearest_center(x, centers, block_size=4), x, centers)
