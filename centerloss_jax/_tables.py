@@ -108,9 +108,6 @@ def check_replicas(tree: Any, *, stacked: bool = False) -> None:
       tree: any tree of arrays, such as a train state. Replicas must be equal to the bit. An array on one device passes.
       stacked: whether the first axis of every array is the axis of the devices, as `jax.pmap` returns arrays.
 
-    Returns:
-      None.
-
     Raises:
       ValueError: if replicas differ. The message names the first such array and the replicas that differ.
 

@@ -86,7 +86,7 @@ class TestModule:
         loss, _ = zeros.apply(zeros.init(jax.random.key(0), x, labels), x, labels)
         np.testing.assert_allclose(loss, 400, rtol=1e-5)
 
-        within = oracle.class_statistics(x, labels, 3).intra
+        within = oracle.class_statistics(x, labels, 3).intra * (6 - 3) / 6
         means = clj.class_statistics(x, labels, 3).mean
         center = clj.linen.CenterLoss(3, centers_init=lambda key, shape, dtype: means.astype(dtype))
         by_initializer = center.init(jax.random.key(0), x, labels)
