@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def compilations() -> Iterator[list[str]]:
     """Collects an entry for each program that JAX compiles, or loads from its cache on disk."""
     events = []
 
-    def listen(event: str, duration: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        del duration_secs, kwargs
         if event == '/jax/core/compile/backend_compile_duration':
             events.append(event)
 
@@ -45,8 +47,8 @@ def test_the_count_sees_what_is_compiled_at_every_call():
     assert len(compiled) == 3
 
 
-TRANSFORM = clj.center_update(0.5)
-STATE = TRANSFORM.init(None)
+TRANSFORM: Any = clj.center_update(0.5)
+STATE = TRANSFORM.init(CENTERS)
 WITH_CENTERS = clj.with_centers(optax.sgd(0.1))
 MODEL = {'params': jnp.ones(3), 'centers': jnp.asarray(CENTERS)}
 MODEL_STATE = WITH_CENTERS.init(MODEL)

@@ -336,7 +336,7 @@ def test_sequences_on_explicit_axes_may_be_split_along_any_axis(batch_spec):
     @jax.jit
     def step(x, centers, labels):
         loss, rows = clj.center_loss_and_rows(x, centers, labels)
-        moved, state = update(clj.center_update(0.5), rows, clj.center_update().init(None), centers)
+        moved, state = update(clj.center_update(0.5), rows, clj.center_update().init(centers), centers)
         gradient = jax.grad(clj.center_loss)(x, centers, labels)
         return (loss, moved, gradient, *clj.nearest_center(x, centers)), state
 

@@ -1,5 +1,6 @@
 """Shapes and dtypes of arguments and results. An error names the argument and what it got, when traced too."""
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -230,4 +231,4 @@ def test_statistics_of_no_features_are_an_error():
 
 def test_a_table_of_8_bits_takes_no_rows():
     with pytest.raises(TypeError, match=r'the table.*float16 or wider.*float8_e5m2'):
-        jnp.ones((3, 2), jnp.float8_e5m2) + clj.center_rows(X, CENTERS, LABELS)
+        operator.add(jnp.ones((3, 2), jnp.float8_e5m2), clj.center_rows(X, CENTERS, LABELS))

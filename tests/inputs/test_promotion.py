@@ -41,7 +41,7 @@ def over_devices(x, centers, _):
     def local(x, labels, centers):
         loss, rows = clj.center_loss_and_rows(x, centers, labels, axis_name='data')
         transform = clj.center_update(0.5, axis_name='data')
-        moved, _ = update(transform, rows, transform.init(None), centers)
+        moved, _ = update(transform, rows, transform.init(centers), centers)
         return jax.lax.pmean(loss, 'data'), moved, clj.class_statistics(x, labels, len(centers), axis_name='data').ratio
 
     mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])

@@ -249,7 +249,7 @@ def test_a_backbone_can_be_frozen_by_labels_for_the_whole_tree(freeze_backbone):
 
 
 def test_labels_for_the_params_alone_do_not_fit_the_tree():
-    transforms = {'train': optax.sgd(0.5), 'frozen': optax.set_to_zero()}
+    transforms: Any = {'train': optax.sgd(0.5), 'frozen': optax.set_to_zero()}
     with pytest.raises(ValueError, match=r'dict'):
         clj.with_centers(optax.partition(transforms, LABELS_OF_LAYERS)).init(LAYERS)
 
