@@ -152,7 +152,7 @@ def check_axis_name(axis_name: AxisName | None) -> None:
 def check_alpha(alpha: Any) -> None:
     if callable(alpha):
         return
-    if alpha is None or isinstance(alpha, str) or jnp.ndim(alpha) != 0:
+    if alpha is None or isinstance(alpha, str) or np.ndim(alpha) != 0:
         raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
     if not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
@@ -219,7 +219,7 @@ def _check_floating(a: ArrayLike, name: str) -> Array:
     return array
 
 
-def check_initial_centers(centers: Array, num_classes: int, num_features: int) -> Array:
+def check_initial_centers(centers: Any, num_classes: int, num_features: int) -> Any:
     shape = jnp.shape(meta.unbox(centers))
     if shape != (num_classes, num_features):
         raise ValueError(f'centers_init must return centers [{num_classes}, {num_features}], got {list(shape)}')

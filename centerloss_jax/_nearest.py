@@ -39,7 +39,7 @@ class Block(NamedTuple):
     centers: Array  # [block, D], 0 where not finite
 
 
-def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int = 1024) -> tuple[Array, Array]:
+def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int | np.integer = 1024) -> tuple[Array, Array]:
     r"""The class of the nearest center, and the squared distance to it.
 
     .. math:: y_i = \arg\min_j |x_i - c_j|^2

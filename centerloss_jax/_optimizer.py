@@ -30,6 +30,11 @@ def with_centers(
     `with_centers(optax.MultiSteps(optax.adam(1e-3), 4))`. In the latter the centers move at every micro-step, and n_j
     counts the examples of that micro-step.
 
+    `optimizer` gets the tree with `optax.MaskedNode()` in the place of the centers. Any optax transform of a tree of
+    parameters works. `optax.lookahead` does not, since its parameters are a `LookaheadParams`. A tree of labels for
+    `optax.partition` or of masks for `optax.masked` has the keys of the whole tree:
+    `with_centers(optax.partition(transforms, {'params': labels, 'centers': 'train'}))` with any label for the centers.
+
     Args:
       optimizer: optax optimizer of the parameters. It gets no centers and makes no state for them.
       alpha: step of the centers in [0, 1], or an optax schedule. See `center_update`.

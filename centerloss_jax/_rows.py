@@ -100,7 +100,7 @@ class RowUpdates:
             # In a narrow dtype each addition rounds: sum the rows of a class in float32 and round once.
             unique, sums = unique_sums(index, values, scale)
             old = take_rows(table, jnp.where(unique < table.shape[0], unique, 0))
-            return set_rows(table, unique, (old + sums).astype(table.dtype))
+            return set_rows(table, unique, (old.astype(sums.dtype) + sums).astype(table.dtype))
         if self._scale is None or index.size == 0:
             return add_rows(table, index, values.astype(table.dtype))
         return add_class_sums(table, index, values, scale)

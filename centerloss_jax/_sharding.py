@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,17 +90,10 @@ def num_shards(table: Array) -> int:
 
     Under `jax.jit` on Auto axes the layout of a table is not known but is even, so the size of the mesh serves.
     """
-    mesh = _mesh_of(table)
+    mesh = jax.typeof(table).sharding.mesh
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
     on_devices = not mesh.empty and not _has(AxisType.Manual, mesh)
     return math.gcd(table.shape[0], mesh.size) if on_devices else 1
-
-
-def _mesh_of(table: Array) -> Any:
-    """Returns the mesh of a table where it is known, else the ambient mesh, which may be empty."""
-    mesh = jax.typeof(table).sharding.mesh
-    if mesh.empty and not isinstance(table, Tracer) and isinstance(table.sharding, NamedSharding):
-        mesh = table.sharding.mesh
-    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
 def _layout_of_rows(table: Array, index: Array) -> NamedSharding | None:

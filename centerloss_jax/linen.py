@@ -1,6 +1,7 @@
 """The center loss as a Linen module. Its centers are a variable collection."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,7 +26,8 @@ class CenterLoss(nn.Module):
 
     Attributes:
       num_classes: number of classes C of the dataset, not of a batch.
-      centers_init: initializer `(key, [C, D], dtype) -> centers`, or None for zeros. To start from class means, pass
+      centers_init: initializer `(key, [C, D], dtype) -> centers`, or None for zeros. It may box the centers, as
+        `nn.with_partitioning` does. To start from class means, pass
         `lambda key, shape, dtype: class_statistics(...).mean.astype(dtype)`.
       dtype: dtype of the table. The loss is computed in float32 or wider.
 
@@ -53,7 +55,7 @@ class CenterLoss(nn.Module):
     """
 
     num_classes: int
-    centers_init: Callable[..., Array] | None = None
+    centers_init: Callable[..., Any] | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -73,7 +75,7 @@ class CenterLoss(nn.Module):
             x, centers.value, labels, where=where, weights=weights, reduce_fn=reduce_fn, axis_name=axis_name
         )
 
-    def _init_centers(self, num_features: int) -> Array:
+    def _init_centers(self, num_features: int) -> Any:
         check_num_classes(self.num_classes)
         centers_init = self.centers_init or nn.initializers.zeros
         centers = centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)

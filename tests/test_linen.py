@@ -1,5 +1,6 @@
 """linen.CenterLoss: the module, and a train step with a flax TrainState."""
 
+import re
 from typing import Any
 
 import chex
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.core import meta
 
 import centerloss_jax as clj
 from tests.support import oracle
@@ -84,13 +86,24 @@ class TestModule:
         loss, _ = zeros.apply(zeros.init(jax.random.key(0), x, labels), x, labels)
         np.testing.assert_allclose(loss, 400, rtol=1e-5)
 
-        within = oracle.class_statistics(x, labels, 3).intra
+        within = oracle.class_statistics(x, labels, 3).intra * (6 - 3) / 6
         means = clj.class_statistics(x, labels, 3).mean
         center = clj.linen.CenterLoss(3, centers_init=lambda key, shape, dtype: means.astype(dtype))
         by_initializer = center.init(jax.random.key(0), x, labels)
         for variables in (by_initializer, {'centers': {'centers': means}}):
             loss, _ = zeros.apply(variables, x, labels)
             np.testing.assert_allclose(loss, within, rtol=1e-5)
+
+    @pytest.mark.parametrize('num_classes', [0, -2])
+    def test_needs_at_least_one_class(self, num_classes):
+        with pytest.raises(ValueError, match=f'num_classes.*{num_classes}'):
+            clj.linen.CenterLoss(num_classes).init(jax.random.key(0), self.x, self.labels)
+
+    @pytest.mark.parametrize('shape', [(2, 3), (3,), (3, 3), (1, 2)], ids=str)
+    def test_an_initializer_of_another_shape_is_named(self, shape):
+        center = clj.linen.CenterLoss(3, centers_init=lambda *_: jnp.zeros(shape))
+        with pytest.raises(ValueError, match=rf'centers_init.*\[3, 2\].*{re.escape(str(list(shape)))}'):
+            center.init(jax.random.key(0), self.x, self.labels)
 
 
 class TestStep:
@@ -196,3 +209,29 @@ def test_the_module_may_be_nested_and_called_twice():
     expected = oracle.center_update(-rows.values, np.zeros((5, 3)), np.tile(labels, 2), 0.5)
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
     assert center_state(state).dropped == 0
+
+
+def test_the_table_may_be_boxed_with_the_names_of_its_axes():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels):
+            init = nn.with_partitioning(nn.initializers.ones, ('classes', None))
+            return clj.linen.CenterLoss(5, centers_init=init, name='center')(x, labels)
+
+    x, labels = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32), np.arange(8) % 3
+    params = {'params': jnp.ones(2), 'centers': Model().init(jax.random.key(0), x, labels)['centers']}
+    assert nn.get_partition_spec(params['centers']) == {'center': {'centers': jax.P('classes', None)}}
+
+    @jax.jit
+    def step(params):
+        transform = clj.with_centers(optax.adam(1e-3))
+        _, rows = Model().apply({'centers': params['centers']}, x, labels)
+        grads = {'params': jnp.ones(2), 'centers': {'center': {'centers': rows}}}
+        return update(transform, grads, transform.init(params), params)
+
+    moved, state = step(params)
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+    table = meta.unbox(moved)['centers']['center']['centers']
+    expected = oracle.center_update(x, np.ones((5, 3)), labels, 0.5)
+    np.testing.assert_allclose(table, expected, rtol=1e-5)
+    np.testing.assert_allclose(center_state(state).step_norm, np.linalg.norm(expected - 1), rtol=1e-5)

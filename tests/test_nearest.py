@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from numpy.typing import DTypeLike
 
 import centerloss_jax as clj
+from centerloss_jax import _nearest
 from tests.support import oracle
 from tests.support.programs import collective_sizes
 
@@ -161,6 +162,37 @@ def test_an_example_far_away_has_the_center_at_its_place(far):
     np.testing.assert_allclose(distances[others], expected_distances, rtol=1e-6)
 
 
+@pytest.mark.parametrize('factor', [1e4, 1e5, 1e17])
+def test_one_outlier_of_many_candidates_changes_no_other_example(factor):
+    # Rounding leaves every center a candidate for the outlier, many more than are measured one by one.
+    x, centers = make_features(leading=(16,), num_classes=300, num_features=8)
+    x[5] *= factor
+    labels, distances = jitted(x, centers, block_size=128)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    others = np.arange(16) != 5
+    np.testing.assert_array_equal(labels[others], expected_labels[others])
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-5)
+    # In float32 several centers are as near to the outlier as the nearest one.
+    squares = np.sum(np.square(x[5] - centers), axis=-1)
+    np.testing.assert_allclose(squares[labels[5]], squares.min(), rtol=1e-6)
+
+
+def test_an_outlier_is_set_aside_alone():
+    # It would take as many rounds for all examples as there are centers.
+    x, centers = make_features(leading=(16,), num_classes=100, num_features=8)
+    block = _nearest.Block(jnp.int32(0), jnp.asarray(centers))
+    best = _nearest.Best(jnp.full(16, -1, jnp.int32), jnp.full(16, jnp.inf, x.dtype))
+
+    @jax.jit
+    def set_aside(x):
+        bounds = _nearest._lower_bounds(x, block, _nearest._origin(block.centers, x.dtype), jnp.ones(100, bool))
+        return _nearest._search_block(x, block, bounds, best, jnp.zeros(16, bool))[1]
+
+    assert not set_aside(x).any()
+    x[5] *= 1e7
+    np.testing.assert_array_equal(np.flatnonzero(set_aside(x)), [5])
+
+
 def test_padding_rows_pass_under_debug_nans():
     x, centers = make_features()
     padded = np.concatenate([centers, np.full((5, 3), np.inf, np.float32)])
@@ -180,6 +212,7 @@ WRONG_ARGUMENTS = {
     'integer centers': ({'centers': np.ones((3, 2), np.int32)}, TypeError, r'centers.*int32'),
     'no block': ({'block_size': 0}, ValueError, r'block_size.*0'),
     'a negative block': ({'block_size': -4}, ValueError, r'block_size.*-4'),
+    'a fraction of a block': ({'block_size': 4.0}, ValueError, r'block_size.*4\.0'),
 }
 
 
@@ -255,9 +288,64 @@ def test_the_nearest_center_is_the_same_on_a_mesh_and_no_table_travels(on_one_de
     assert max(collective_sizes(compiled), default=0) < 512  # a device's shard of the table has 1,536 numbers
 
 
+def test_a_table_on_a_mesh_can_be_searched_outside_of_jit():
+    x, centers = make_features(num_classes=13)
+    mesh = jax.make_mesh((8,), ('classes',), axis_types=(AxisType.Auto,))
+    table = clj.shard_centers(centers, NamedSharding(mesh, P('classes')))
+    labels, distances = clj.nearest_center(x, table, block_size=4)
+    expected_labels, expected_distances = oracle.nearest_center(x, centers)
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+
+
 def test_every_device_searches_the_whole_table(per_device):
     x, centers = make_features(leading=(2, 7))
     labels, distances = per_device(lambda x, centers: clj.nearest_center(x, centers, block_size=4), x, centers)
     expected_labels, expected_distances = oracle.nearest_center(x, centers)
     np.testing.assert_array_equal(labels, expected_labels)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+
+
+def test_the_block_size_may_be_a_numpy_integer():
+    labels, _ = clj.nearest_center(X, CENTERS, block_size=np.int64(4))
+    np.testing.assert_array_equal(labels, np.zeros(4))
+
+
+@pytest.mark.parametrize('batch_spec', [P(), P('batch')], ids=['x replicated', 'x varies'])
+@pytest.mark.parametrize('table_spec', [P(), P('batch')], ids=['one table', 'a table for each device'])
+def test_a_shard_map_with_the_replication_check_takes_every_layout(batch_spec, table_spec):
+    x, centers = make_features(leading=(8,), num_classes=12)
+    mesh = jax.make_mesh((2,), ('batch',), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    specs = batch_spec, table_spec
+    out = P() if batch_spec == table_spec == P() else P('batch')
+    search = partial(clj.nearest_center, block_size=5)
+    labels, distances = jax.jit(jax.shard_map(search, mesh=mesh, in_specs=specs, out_specs=out))(x, centers)
+    xs, tables = (np.split(a, 2) if spec else [a, a] for a, spec in zip((x, centers), specs, strict=True))
+    parts = [oracle.nearest_center(*part) for part in zip(xs, tables, strict=True)]
+    expected_labels, expected_distances = parts[0] if out == P() else map(np.concatenate, zip(*parts, strict=True))
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+
+
+def test_the_distance_has_a_gradient_for_the_features_and_for_the_centers():
+    x, centers = make_features()
+    x[2] = np.nan  # has no nearest center, and so no gradient for one
+    rows = np.delete(np.arange(7), 2)
+
+    @partial(jax.jit, static_argnums=2)
+    def gradients(x, centers, block_size):
+        def total(x, centers):
+            distance = clj.nearest_center(x, centers, block_size=block_size)[1]
+            return jnp.sum(jnp.where(jnp.arange(7) == 2, 0, distance))
+
+        return jax.grad(total, (0, 1))(x, centers)
+
+    labels, _ = oracle.nearest_center(x[rows], centers)
+    difference = 2 * (x[rows] - centers[labels])
+    for_centers = np.zeros_like(centers)
+    np.subtract.at(for_centers, labels, difference)
+    for block_size in (4, 64):
+        for_x, got = gradients(x, centers, block_size)
+        np.testing.assert_allclose(for_x[rows], difference, rtol=1e-5)
+        np.testing.assert_array_equal(for_x[2], np.zeros(3))
+        np.testing.assert_allclose(got, for_centers, rtol=1e-5, atol=1e-6)

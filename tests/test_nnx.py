@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.nnx import bridge
 
 import centerloss_jax as clj
 from tests.support import oracle
@@ -76,6 +77,10 @@ class TestModule:
         with pytest.raises(ValueError, match=f'num_classes.*num_features.*{num_classes} and {num_features}'):
             clj.nnx.CenterLoss(num_classes, num_features, rngs=nnx.Rngs(0))
 
+    def test_an_initializer_of_another_shape_is_named(self):
+        with pytest.raises(ValueError, match=r'centers_init.*\[3, 2\].*\[2, 3\]'):
+            clj.nnx.CenterLoss(3, 2, centers_init=lambda *_: jnp.zeros((2, 3)), rngs=nnx.Rngs(0))
+
     def test_centers_start_at_zero_in_float32(self):
         centers = clj.nnx.CenterLoss(7, 2, rngs=nnx.Rngs(0)).centers[...]
         np.testing.assert_array_equal(centers, np.zeros((7, 2)))
@@ -92,7 +97,7 @@ class TestModule:
         replaced.centers[...] = statistics.mean
         for started in (center, replaced):
             loss, _ = started(x, labels)
-            np.testing.assert_allclose(loss, oracle.class_statistics(x, labels, 3).intra, rtol=1e-5)
+            np.testing.assert_allclose(loss, oracle.class_statistics(x, labels, 3).intra * (6 - 3) / 6, rtol=1e-5)
 
 
 @both_modes
@@ -271,3 +276,19 @@ def test_rows_for_one_of_two_tables_are_an_error(optimizer, place, graph):
     with pytest.raises((ValueError, TypeError)):
         optimizer.update(model, grads)
     chex.assert_trees_all_equal(nnx_arrays(model), before)
+
+
+def test_a_linen_module_inside_nnx_has_its_table_in_centers():
+    x, labels = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32), np.arange(8) % 3
+    model: Any = bridge.ToNNX(clj.linen.CenterLoss(5), rngs=nnx.Rngs(0)).lazy_init(x, labels)
+    assert isinstance(model.centers, clj.nnx.Centers)
+    optimizer = nnx.Optimizer(model, clj.with_centers(optax.sgd(0.1)), wrt=(nnx.Param, clj.nnx.Centers))
+
+    @nnx.jit
+    def step(model, optimizer):
+        _, rows = model(x, labels)
+        optimizer.update(model, nnx.State({'centers': clj.nnx.Centers(rows)}))
+
+    step(model, optimizer)
+    expected = oracle.center_update(x, np.zeros((5, 3)), labels, 0.5)
+    np.testing.assert_allclose(model.centers[...], expected, rtol=1e-5)

@@ -1,6 +1,7 @@
 """RowUpdates and concatenate_rows: rows are added to a table, and gradient arithmetic never moves another row."""
 
 import operator
+import pickle
 from typing import Any
 
 import chex
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from jax import P
 
 import centerloss_jax as clj
 from tests.support import oracle
@@ -99,6 +102,135 @@ def test_rows_are_a_pytree():
     _, through_scan = jax.lax.scan(lambda carry, _: (carry, carry), rows, length=2)
     second = jax.tree.map(lambda leaf: leaf[1], through_scan)
     np.testing.assert_array_equal(TABLE + second, TABLE + rows)
+
+
+# Rows of center_rows, whose values are a product of two leaves.
+X, LABELS = np.random.default_rng(2).normal(size=(2, 3, 3)).astype(np.float32), np.array([[0, 0, 1], [2, 1, -1]])
+eq_4 = jax.jit(move)
+
+
+def batch_rows(k) -> Any:
+    return clj.center_rows(X[k], TABLE, LABELS[k])
+
+
+def through_orbax(rows, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / 'rows', {'rows': rows})
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / 'rows', jax.eval_shape(lambda: {'rows': rows}))['rows']
+
+
+COPIES = {
+    'pickle': lambda rows, path: pickle.loads(pickle.dumps(rows)),
+    'flatten': lambda rows, path: jax.tree.unflatten(jax.tree.structure(rows), jax.tree.leaves(rows)),
+    'device_get': lambda rows, path: jax.device_get(rows),
+    'orbax': through_orbax,
+}
+
+
+@pytest.mark.parametrize('copy', COPIES.values(), ids=COPIES.keys())
+def test_copied_rows_move_centers_as_the_rows_do(copy, tmp_path):
+    rows = batch_rows(0)
+    moved, state = eq_4(TABLE, copy(rows, tmp_path))
+    chex.assert_trees_all_equal((moved, state), eq_4(TABLE, rows))
+    assert state.dropped == 0
+
+
+def test_rows_leave_a_shard_map_joined_along_the_batch():
+    def local(x, labels, table):
+        return clj.center_rows(x, table, labels)
+
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P('data'), P('data'), P()), out_specs=P('data'))
+    rows = jax.jit(mapped)(X.reshape(6, 3), LABELS.reshape(6), TABLE)
+    moved, state = eq_4(TABLE, jax.device_get(rows))
+    np.testing.assert_allclose(moved, oracle.center_update(X.reshape(6, 3), TABLE, LABELS.reshape(6), 0.5), rtol=1e-5)
+    assert state.dropped == 0
+
+
+def test_a_mean_of_the_floating_leaves_over_devices_is_not_noticed(per_device):
+    # A mean of equal constants is the constant. Each device then moves its own classes by the mean of all values.
+    def step(batch, table):
+        def mean_of_floats(leaf):
+            return jax.lax.pmean(leaf, 'batch') if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        moved, state = move(table, jax.tree.map(mean_of_floats, clj.center_rows(batch[0], table, batch[1])))
+        return moved, state.dropped
+
+    moved, dropped = per_device(step, (X, LABELS), TABLE)
+    np.testing.assert_array_equal(dropped, [0, 0])
+    assert np.any(np.abs(moved[0] - oracle.center_update(X[0], TABLE, LABELS[0], 0.5)) > 0.1)
+
+
+INT64 = clj.RowUpdates(np.array([2**32 + 1, 3, -(2**32) + 1]), np.ones((3, 3), np.float32))
+
+
+def test_an_int64_index_beyond_the_table_is_dropped_without_x64():
+    # As int32 the first index would be 1, and the last one too.
+    expected = oracle.add_rows(TABLE, [3], np.ones((1, 3)))
+    np.testing.assert_allclose(TABLE + INT64, expected, rtol=1e-6)
+    np.testing.assert_allclose(TABLE + clj.concatenate_rows(INT64, INT64), 2 * expected - TABLE, rtol=1e-6)
+    moved, state = move(jnp.asarray(TABLE), INT64)
+    np.testing.assert_array_equal(np.flatnonzero(np.any(moved != TABLE, axis=1)), [3])
+    assert state.dropped == 1
+
+
+def stacked_by_scan():
+    return jax.lax.scan(lambda carry, xy: (carry, clj.center_rows(xy[0], TABLE, xy[1])), 0, (X, LABELS))[1]
+
+
+def in_another_vmap():
+    one = jax.vmap(lambda x, labels: clj.center_rows(x, TABLE, labels))
+    return jax.tree.map(lambda leaf: leaf[0], jax.vmap(one)(X[None], LABELS[None]))
+
+
+STACKED: dict[str, Any] = {
+    'vmap': lambda: jax.vmap(lambda x, labels: clj.center_rows(x, TABLE, labels))(X, LABELS),
+    'vmap twice': in_another_vmap,
+    'scan': stacked_by_scan,
+    'pmap': lambda: jax.device_get(jax.pmap(lambda x, labels: clj.center_rows(x, TABLE, labels))(X, LABELS)),
+}
+
+
+@pytest.mark.parametrize('stack', STACKED.values(), ids=STACKED.keys())
+def test_stacked_rows_have_the_values_of_each_and_can_be_joined(stack):
+    # N equals D, so that a wrong axis of the scale gives wrong values.
+    stacked = stack()
+    np.testing.assert_allclose(stacked.values, [batch_rows(k).values for k in range(2)], rtol=1e-6)
+    expected, _ = eq_4(TABLE, clj.concatenate_rows(batch_rows(0), batch_rows(1)))
+    for joined in (
+        clj.concatenate_rows(stacked),
+        jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stacked),
+    ):
+        moved, state = eq_4(TABLE, joined)
+        np.testing.assert_allclose(moved, expected, rtol=1e-6)
+        assert state.dropped == 0
+
+
+@pytest.mark.parametrize('name', ['added', 'squared', 'floats halved', 'floats clipped', 'floats normalized'])
+def test_stacked_rows_that_arithmetic_has_changed_move_nothing(name):
+    changed = MOVES_NOTHING[name](stacked := stacked_by_scan(), stacked)
+    moved, state = eq_4(TABLE, clj.concatenate_rows(changed))
+    np.testing.assert_array_equal(moved, TABLE)
+    assert state.dropped == 6
+
+
+@eager_and_jit
+def test_stacked_rows_are_added_by_joining_them(add):
+    with pytest.raises(ValueError, match='concatenate_rows'):
+        add(TABLE, stacked_by_scan())
+    with pytest.raises(ValueError, match='concatenate_rows'):
+        move(jnp.asarray(TABLE), stacked_by_scan())
+
+
+def test_accumulation_by_scan_is_the_step_of_the_whole_batch():
+    @jax.jit
+    def step(table, x, labels):
+        _, rows = jax.lax.scan(lambda carry, xy: (carry, clj.center_rows(xy[0], table, xy[1])), None, (x, labels))
+        return move(table, clj.concatenate_rows(rows))[0]
+
+    expected = oracle.center_update(X.reshape(6, 3), TABLE, LABELS.reshape(6), 0.5)
+    np.testing.assert_allclose(step(TABLE, X, LABELS), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

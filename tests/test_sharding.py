@@ -324,3 +324,44 @@ def test_the_linen_step_on_a_mesh_is_that_of_one_device(spec):
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     chex.assert_trees_all_close(got.params, expected.params, rtol=1e-5, atol=1e-6)
     assert linen_table(got).sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+@pytest.mark.parametrize('batch_spec', [P(), P('data'), P('data', 'seq'), P(None, 'seq'), P(('data', 'seq'))], ids=str)
+def test_sequences_on_explicit_axes_may_be_split_along_any_axis(batch_spec):
+    x, centers, labels, _ = make_problem(leading=(8, 4), num_classes=13, dtype=np.float32)
+    mesh = jax.make_mesh((2, 4), ('data', 'seq'), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+    arrays = put(x, batch_spec), put(centers, P()), put(labels, batch_spec)
+
+    @jax.jit
+    def step(x, centers, labels):
+        loss, rows = clj.center_loss_and_rows(x, centers, labels)
+        moved, state = update(clj.center_update(0.5), rows, clj.center_update().init(centers), centers)
+        gradient = jax.grad(clj.center_loss)(x, centers, labels)
+        return (loss, moved, gradient, *clj.nearest_center(x, centers)), state
+
+    (loss, moved, gradient, nearest, _), state = step(*arrays)
+    np.testing.assert_allclose(loss, oracle.center_loss(x, centers, labels), rtol=1e-5)
+    np.testing.assert_allclose(moved, oracle.center_update(x, centers, labels, 0.5), rtol=1e-5, atol=1e-6)
+    for_x, *_ = oracle.center_loss_gradients(x, centers, labels)
+    np.testing.assert_allclose(gradient, for_x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(nearest, oracle.nearest_center(x, centers)[0])
+    assert state.dropped == 0
+    statistics = jax.jit(lambda x, labels: clj.class_statistics(x, labels, 13))(arrays[0], arrays[2])
+    np.testing.assert_array_equal(statistics.count, np.bincount(labels.ravel(), minlength=13))
+
+
+@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
+def test_rows_of_two_layouts_on_explicit_axes_can_be_joined(jit):
+    x, centers, labels, _ = make_problem(leading=(8,), num_classes=13, dtype=np.float32)
+    mesh = jax.make_mesh((2, 4), ('data', 'seq'), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+    table = put(centers, P())
+
+    def join(x, labels, other_x, other_labels):
+        rows = clj.center_rows(x, table, labels), clj.center_rows(other_x, table, other_labels)
+        return table + clj.concatenate_rows(*rows)
+
+    arrays = put(x, P('data')), put(labels, P('data')), put(x, P()), put(labels, P())
+    got = (jax.jit(join) if jit else join)(*arrays)
+    np.testing.assert_allclose(got, centers + 2 * oracle.center_rows(x, centers, labels), rtol=1e-5, atol=1e-6)

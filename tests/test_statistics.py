@@ -169,6 +169,27 @@ def test_half_precision_accumulates_in_float32(dtype):
     np.testing.assert_allclose(stats.intra, expected.intra, rtol=1e-4)
 
 
+@pytest.mark.parametrize('exponent', [16, 20, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('num_classes', [1, 3])
+def test_sums_over_many_examples_of_one_class_keep_their_digits(exponent, num_classes):
+    n = 2**exponent
+    x = np.tile(np.array([[0.1], [0.3]], np.float32), (n // 2, 1))
+    stats = jitted(x, np.zeros(n, np.int32), num_classes)
+    assert stats.count[0] == n
+    np.testing.assert_allclose(stats.mean[0], 0.2, rtol=1e-5)
+    np.testing.assert_allclose(stats.squared_deviation[0], 0.01 * n, rtol=1e-4)
+
+
+def test_counts_beyond_int32_do_not_turn_negative():
+    # Each class holds less than int32 can count, all of them hold more, and so do two parts of one class.
+    count = jnp.array([2**31 - 2, 2**31 - 2], jnp.int32)
+    stats = clj.ClassStatistics(count, jnp.array([[1.0], [3.0]]), jnp.array([2.0**31, 2.0**31]))
+    np.testing.assert_allclose([stats.intra, stats.inter], [1, 1], rtol=1e-6)
+    both = stats.merge(stats)
+    np.testing.assert_array_equal(both.count, [2**31 - 1] * 2)
+    np.testing.assert_allclose(both.mean, stats.mean)
+
+
 @pytest.mark.parametrize('content', [np.nan, np.inf, 3e38])
 def test_an_example_that_is_left_out_may_hold_anything(content):
     x, _, labels, _ = make_problem(leading=(9,), dtype=np.float32)

@@ -187,7 +187,7 @@ def test_a_table_sharded_over_all_devices_has_no_replicas():
     )
 
 
-DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.int8, np.bool_, np.complex64]
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.int8, ml_dtypes.int4, np.bool_, np.complex64]
 
 
 @pytest.mark.parametrize('columns', [2, 2**15])
@@ -213,3 +213,20 @@ def test_equal_nans_random_keys_and_empty_trees_pass():
 def test_a_scalar_has_no_axis_of_devices():
     with pytest.raises(ValueError, match='axis of devices'):
         clj.check_replicas({'step': jnp.zeros([])}, stacked=True)
+
+
+@pytest.mark.parametrize('shape', [(0,), (0, 3)], ids=str)
+def test_an_axis_of_no_devices_is_an_error(shape):
+    with pytest.raises(ValueError, match=r"axis of devices.*\['step'\].*\[0"):
+        clj.check_replicas({'step': jnp.zeros(shape)}, stacked=True)
+
+
+@pytest.mark.parametrize('stacked', [False, True])
+def test_replicas_without_numbers_pass(stacked):
+    clj.check_replicas({'a': jnp.zeros((2, 0)), 'b': jnp.zeros((2, 3, 0))}, stacked=stacked)
+
+
+@pytest.mark.parametrize('stacked', [False, True])
+def test_replicas_are_not_checked_inside_jit(stacked):
+    with pytest.raises(TypeError, match=r"\['a'\].*outside of jax.jit"):
+        jax.eval_shape(lambda a: clj.check_replicas({'a': a}, stacked=stacked), jnp.ones((2, 3)))

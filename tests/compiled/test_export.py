@@ -1,10 +1,15 @@
-"""Every public function and whole train steps lower for GPUs and TPUs, on a machine that has neither."""
+"""Every public function and whole train steps lower for GPUs and TPUs, on a machine that has neither.
+
+They can be exported with symbolic sizes too, and saved with their rows and states.
+"""
 
 from typing import Any
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -118,3 +123,54 @@ def test_the_step_of_several_devices_lowers():
     specs = (jax.P(), jax.P('batch'), jax.P('batch'))
     mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=jax.P())
     assert lowered_for_both(mapped, jax.tree.leaves(state), *batch)
+
+
+def symbolic(batch, classes):
+    """Returns shapes of x, table and labels; a size is a number or the name of a symbol."""
+    names = ', '.join(size for size in (batch, classes) if isinstance(size, str))
+    symbols = dict(zip(names.split(', '), jax.export.symbolic_shape(names), strict=True))
+    b, c = (symbols.get(size, size) for size in (batch, classes))
+    return [jax.ShapeDtypeStruct(*a) for a in (((b, 3), jnp.float32), ((c, 3), jnp.float32), ((b,), jnp.int32))]
+
+
+SIZES = {'batch': ('b', 4), 'many classes': ('b', 1000), 'classes': (7, 'c'), 'both': ('b', 'c')}
+
+
+def moved(x, table, labels):
+    return table_step(x, table, labels)[0]
+
+
+def loss_and_sum(x, table, labels):
+    loss, rows = clj.center_loss_and_rows(x, table, labels)
+    return loss, table + rows
+
+
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize('function', [clj.center_loss, loss_and_sum, moved], ids=['loss', 'rows', 'update'])
+def test_an_export_with_symbolic_sizes_gives_the_result_of_each_size(function, sizes):
+    exported = jax.export.export(jax.jit(function))(*symbolic(*sizes))
+    for symbols in ({'b': 7, 'c': 4}, {'b': 3, 'c': 1000}):
+        batch, classes = (symbols[size] if isinstance(size, str) else size for size in sizes)
+        rng = np.random.default_rng(batch)
+        x, table = (rng.normal(size=(size, 3)).astype(np.float32) for size in (batch, classes))
+        labels = rng.integers(-1, 4, batch).astype(np.int32)
+        got, expected = exported.call(x, table, labels), jax.jit(function)(x, table, labels)
+        chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
+def test_a_serialized_step_takes_and_returns_rows_and_its_state():
+    pytest.importorskip('flatbuffers')  # JAX serializes by it, and does not depend on it
+    transform: Any = clj.center_update(0.5)
+
+    def step(rows, state, table):
+        updates, state = transform.update(rows, state, table)
+        return updates, state, optax.apply_updates(table, updates)
+
+    table, labels = jnp.zeros((5, 3)), jnp.array([0, 2, 2, -1])
+    arguments = clj.center_rows(jnp.ones((4, 3)), table, labels), transform.init(table), table
+    exported = jax.export.export(jax.jit(step))(*arguments)
+    restored = jax.export.deserialize(exported.serialize())
+    updates, state, _ = got = restored.call(*arguments)
+    assert isinstance(updates, clj.RowUpdates)
+    assert isinstance(state, clj.CenterUpdateState)
+    chex.assert_trees_all_equal(got, jax.jit(step)(*arguments))

@@ -1,5 +1,6 @@
 """Shapes and dtypes of arguments and results. An error names the argument and what it got, when traced too."""
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,14 @@ WRONG_ARGUMENTS = {
     'integer x': ({'x': np.ones((4, 2), np.int32)}, TypeError, r'\bx\b.*int32'),
     'boolean x': ({'x': np.ones((4, 2), bool)}, TypeError, r'\bx\b.*bool'),
     'complex x': ({'x': np.ones((4, 2), np.complex64)}, TypeError, r'\bx\b.*complex64'),
+    'x of 8 bits': ({'x': np.ones((4, 2), jnp.float8_e4m3fn)}, TypeError, r'\bx\b.*float16 or wider.*float8_e4m3fn'),
+    'centers of 8 bits': ({'centers': np.ones((3, 2), jnp.float8_e5m2)}, TypeError, r'centers.*float8_e5m2'),
+    'no features': (
+        {'x': np.ones((4, 0), np.float32), 'centers': np.ones((3, 0), np.float32)},
+        ValueError,
+        r'centers.*D at least 1.*\[3, 0\]',
+    ),
+    'no classes': ({'centers': np.ones((0, 2), np.float32)}, ValueError, r'centers.*C and D at least 1.*\[0, 2\]'),
     'integer centers': ({'centers': np.ones((3, 2), np.int32)}, TypeError, r'centers.*int32'),
     'where of another shape': ({'where': np.ones(3, bool)}, ValueError, r'where.*\(3,\)'),
     'where that would broadcast': ({'where': np.ones(1, bool)}, ValueError, r'where.*\(1,\)'),
@@ -206,3 +215,20 @@ def test_a_step_keeps_the_dtypes_of_the_table_and_the_state(dtype):
     moved, state = jax.eval_shape(lambda: move(centers, clj.center_rows(x, centers, labels)))
     chex.assert_trees_all_equal_shapes_and_dtypes(moved, jax.eval_shape(lambda: centers))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(clj.center_update().init, centers))
+
+
+def test_features_of_8_bits_are_named_by_functions_without_centers():
+    narrow = np.ones((4, 2), jnp.float8_e4m3fn)
+    for call in (lambda: clj.nearest_center(narrow, CENTERS), lambda: clj.class_statistics(narrow, LABELS, 3)):
+        with pytest.raises(TypeError, match=r'\bx\b.*float16 or wider.*float8_e4m3fn'):
+            call()
+
+
+def test_statistics_of_no_features_are_an_error():
+    with pytest.raises(ValueError, match=r'\bx\b.*D at least 1.*\[4, 0\]'):
+        clj.class_statistics(np.ones((4, 0), np.float32), LABELS, 3)
+
+
+def test_a_table_of_8_bits_takes_no_rows():
+    with pytest.raises(TypeError, match=r'the table.*float16 or wider.*float8_e5m2'):
+        operator.add(jnp.ones((3, 2), jnp.float8_e5m2), clj.center_rows(X, CENTERS, LABELS))

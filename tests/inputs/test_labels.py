@@ -148,6 +148,15 @@ def test_labels_may_be_a_list_a_tuple_or_one_integer(member):
         chex.assert_trees_all_equal(outcome(member, X[1], CENTERS, label), expected)
 
 
+@over_family
+def test_labels_may_be_a_list_of_tracers(member):
+    expected = outcome(member, X, CENTERS, np.array([0, 2, 1, 0]))
+    traced = jax.jit(lambda a, b: outcome(member, X, CENTERS, [a, b, 1, a]))
+    chex.assert_trees_all_close(traced(0, 2), expected, rtol=1e-6)
+    with pytest.raises(TypeError, match='labels'):
+        traced(0.0, 2.0)
+
+
 # A cast to int32 or int8 would make each of these a valid or a negative label.
 FOLDED = {
     'numpy int64': np.array([0, 2, 2**32 + 1, 0]),

@@ -86,3 +86,66 @@ def test_without_examples_the_loss_and_its_gradients_are_zero(leading, labels, o
     assert loss == 0.0
     np.testing.assert_array_equal(for_x, np.zeros_like(x))
     np.testing.assert_array_equal(for_centers, np.zeros_like(centers))
+
+
+def loss_alone(*arrays, **options):
+    return clj.center_loss(*arrays, **options)
+
+
+def loss_beside_rows(*arrays, **options):
+    return clj.center_loss_and_rows(*arrays, **options)[0]
+
+
+both_losses = pytest.mark.parametrize('loss', [loss_alone, loss_beside_rows])
+
+
+@both_losses
+def test_forward_mode_ignores_the_tangent_of_an_example_left_out(loss):
+    x, tangent = jnp.array([[1.0, 2.0], [jnp.nan, 1.0]]), jnp.array([[1.0, 1.0], [jnp.nan, jnp.nan]])
+    value, derivative = jax.jvp(lambda x: loss(x, jnp.zeros((3, 2)), np.array([0, -1])), (x,), (tangent,))
+    assert (value, derivative) == (5, 6)
+
+
+@both_losses
+def test_forward_mode_ignores_the_tangent_of_a_center_without_examples(loss):
+    # The example left out gathers row 0.
+    centers = jnp.array([[jnp.nan, 0.0], [1.0, 2.0], [0.0, 0.0]])
+    value, derivative = jax.jvp(lambda c: loss(jnp.ones((2, 2)), c, np.array([1, -1])), (centers,), (centers,))
+    assert (value, derivative) == (1, 4)
+
+
+MASKS = {
+    'all counted': ([0, 2, 1, 0, 4, 4, 3], None),
+    'negative labels': ([0, -1, 1, 0, -7, 4, 3], None),
+    'where': ([0, 2, 1, 0, 4, 4, 3], [True, False, True, True, False, True, False]),
+    'both': ([-1, 2, 1, 0, 4, -1, 3], [True, False, True, True, False, True, False]),
+    'none counted': ([-1] * 7, None),
+}
+
+
+@jax.jit
+def both_modes(x, centers, labels, where, weights, tangents):
+    """Returns the derivative along the tangents for each loss and reduction, by forward and by reverse mode."""
+    results = []
+    for loss in (loss_alone, loss_beside_rows):
+        for options in ({}, {'weights': weights}, {'reduce_fn': jnp.sum}):
+            function = lambda x, c, loss=loss, options=options: loss(x, c, labels, where=where, **options)  # noqa: E731
+            forward = jax.jvp(function, (x, centers), tangents)[1]
+            gradients = jax.grad(function, (0, 1))(x, centers)
+            # A gradient is 0 where it is masked; the tangent there is NaN.
+            products = jax.tree.map(lambda g, t: jnp.sum(jnp.where(g == 0, 0, g * t)), gradients, tangents)
+            results.append((forward, sum(products)))
+    return results
+
+
+@pytest.mark.parametrize(('labels', 'where'), MASKS.values(), ids=MASKS.keys())
+def test_forward_mode_equals_reverse_mode_for_every_mask(labels, where):
+    x, centers, _, options = make_problem(dtype=np.float32, weights='elements')
+    rng, labels = np.random.default_rng(3), np.array(labels)
+    counted = (labels >= 0) & (True if where is None else np.array(where))
+    tangents = rng.normal(size=x.shape).astype(np.float32), rng.normal(size=centers.shape).astype(np.float32)
+    tangents[0][~counted] = np.nan
+    tangents[1][~np.isin(np.arange(5), labels[counted])] = np.nan
+    where = np.ones(7, bool) if where is None else np.array(where)
+    for forward, reverse in both_modes(x, centers, labels, where, options['weights'], tangents):
+        np.testing.assert_allclose(forward, reverse, rtol=1e-5)

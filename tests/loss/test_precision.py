@@ -13,6 +13,7 @@ import pytest
 import centerloss_jax as clj
 from tests.support import oracle
 from tests.support.problems import make_problem
+from tests.support.steps import move
 
 loss_of = jax.jit(clj.center_loss, static_argnames='reduce_fn')
 loss_and_gradient = jax.jit(jax.value_and_grad(clj.center_loss))
@@ -139,3 +140,34 @@ def test_an_example_left_out_that_is_not_finite_passes_under_debug_nans(content,
         loss, gradient = gradients(x, centers, labels)
     assert np.isfinite(loss)
     chex.assert_tree_all_finite(gradient)
+
+
+@jax.jit
+def alone_and_beside_rows(x, centers, labels):
+    both, rows = clj.center_loss_and_rows(x, centers, labels)
+    return clj.center_loss(x, centers, labels), both, rows.values
+
+
+@pytest.mark.parametrize('size', [1, 5, 256])
+@pytest.mark.parametrize('difference', [1e-17, -1e-17, 1e19, -1e19])
+def test_squares_near_the_limits_of_float32_keep_their_digits(difference, size):
+    x, centers = np.zeros((size, 2), np.float32), np.zeros((3, 2), np.float32)
+    x[0, 0] = difference
+    alone, both, values = alone_and_beside_rows(x, centers, np.ones(size, int))
+    expected = np.float64(np.float32(difference)) ** 2 / size
+    np.testing.assert_allclose([alone, both], [expected] * 2, rtol=1e-6)
+    np.testing.assert_allclose(values[0], [-difference, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
+def test_finite_inputs_pass_under_debug_infs(jit):
+    x, centers, labels, options = make_problem(dtype=np.float32, masked=True, weights='examples')
+    for function in (clj.center_loss, clj.center_loss_and_rows, clj.center_rows):
+        with jax.debug_infs(True):
+            result = (jax.jit(function) if jit else function)(x, centers, labels, **options)
+        chex.assert_tree_all_finite(jax.tree.leaves(result))
+    with jax.debug_infs(True):
+        update = jax.jit(move) if jit else move
+        moved, state = update(jnp.asarray(centers), clj.center_rows(x, centers, labels))
+        assert clj.class_statistics(x, labels, 5).count.sum() == np.sum(labels >= 0)
+    chex.assert_tree_all_finite((moved, state.step_norm))

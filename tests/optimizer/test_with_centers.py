@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from flax.core import FrozenDict, freeze
@@ -218,3 +219,53 @@ def test_a_step_keeps_the_shapes_and_dtypes_of_the_state():
 def test_an_optimizer_that_is_none_of_optax_is_an_error():
     with pytest.raises(TypeError, match=r'optimizer.*0\.1'):
         clj.with_centers(0.1)  # pyright: ignore[reportArgumentType]  # the error under test
+
+
+LAYERS = {'params': {'backbone': jnp.ones(2), 'head': jnp.ones(2)}, 'centers': TABLE}
+LAYERS_GRADS = {'params': {'backbone': jnp.ones(2), 'head': jnp.ones(2)}, 'centers': ROWS}
+LABELS_OF_LAYERS = {'backbone': 'frozen', 'head': 'train'}
+FREEZES = {
+    'a tree of labels with both keys': lambda transforms: optax.partition(
+        transforms, {'params': LABELS_OF_LAYERS, 'centers': 'train'}
+    ),
+    'a function': lambda transforms: optax.partition(
+        transforms,
+        partial(jax.tree_util.tree_map_with_path, lambda path, _: LABELS_OF_LAYERS.get(path[-1].key, 'train')),
+    ),
+    'a mask with both keys': lambda transforms: optax.chain(
+        transforms['train'],
+        optax.masked(transforms['frozen'], {'params': {'backbone': True, 'head': False}, 'centers': False}),
+    ),
+}
+
+
+@pytest.mark.parametrize('freeze_backbone', FREEZES.values(), ids=FREEZES.keys())
+def test_a_backbone_can_be_frozen_by_labels_for_the_whole_tree(freeze_backbone):
+    transform = clj.with_centers(freeze_backbone({'train': optax.sgd(0.5), 'frozen': optax.set_to_zero()}))
+    new, _ = update(transform, LAYERS_GRADS, transform.init(LAYERS), LAYERS)
+    np.testing.assert_array_equal(new['params']['backbone'], [1, 1])
+    np.testing.assert_array_equal(new['params']['head'], [0.5, 0.5])
+    np.testing.assert_allclose(new['centers'], MOVED, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_for_the_params_alone_do_not_fit_the_tree():
+    transforms: Any = {'train': optax.sgd(0.5), 'frozen': optax.set_to_zero()}
+    with pytest.raises(ValueError, match=r'dict'):
+        clj.with_centers(optax.partition(transforms, LABELS_OF_LAYERS)).init(LAYERS)
+
+
+def test_lookahead_has_params_of_another_tree_and_does_not_work_inside():
+    transform = clj.with_centers(optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5))
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        update(transform, LAYERS_GRADS, transform.init(LAYERS), LAYERS)
+
+
+def test_the_state_of_the_optimizer_gives_the_params_of_a_schedule_free_evaluation():
+    inner = optax.contrib.schedule_free_sgd(0.5)
+    transform = clj.with_centers(inner)
+    model, state = update(transform, LAYERS_GRADS, transform.init(LAYERS), LAYERS)
+    inside = {'params': model['params'], 'centers': optax.MaskedNode()}
+    got: Any = optax.contrib.schedule_free_eval_params(state.inner_states['params'].inner_state, inside)
+    params, inner_state = update(inner, LAYERS_GRADS['params'], inner.init(LAYERS['params']), LAYERS['params'])
+    expected = optax.contrib.schedule_free_eval_params(inner_state, params)
+    chex.assert_trees_all_close(got['params'], expected)

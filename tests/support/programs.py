@@ -1,6 +1,7 @@
 """What a compiled program moves between devices and what memory it takes, read from the program."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import jax
@@ -30,6 +31,13 @@ def collective_sizes(compiled) -> list[int]:
         for shapes in COLLECTIVE.findall(compiled.as_text())
         for dimensions in SHAPE.findall(shapes)
     ]
+
+
+def operations(compiled) -> Counter[str]:
+    """Returns how often each operation of XLA is in a compiled program, inside fused and called computations too."""
+    return Counter(
+        re.findall(r'^\s*(?:ROOT )?%?[\w.-]+ = (?:\([^=]*?\)|\S+) ([\w-]+)\(', compiled.as_text(), re.MULTILINE)
+    )
 
 
 def collectives_in_loops(compiled) -> list[str]:

@@ -84,6 +84,26 @@ def test_classes_that_are_absent_stay_to_the_bit():
     assert np.all(np.any(moved[present] != centers[present], axis=1))
 
 
+@pytest.mark.parametrize('num_classes', [4, 7, 8, 50])
+def test_an_absent_center_keeps_a_negative_zero_and_a_subnormal_number(num_classes):
+    x, centers = np.ones((7, 2), np.float32), np.zeros((num_classes, 2), np.float32)
+    centers[1], centers[3] = -0.0, 1e-40
+    moved, _ = jitted(x, centers, np.array([0, 2, 0, 0, 2, -1, 0]))
+    np.testing.assert_array_equal(np.asarray(moved)[[1, 3]].view(np.int32), centers[[1, 3]].view(np.int32))
+
+
+EXPONENTS = [16, 20, pytest.param(23, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize('exponent', EXPONENTS)
+@pytest.mark.parametrize('num_classes', [1, 3, 2**23 + 1])
+def test_the_sum_over_many_examples_of_one_class_keeps_its_digits(exponent, num_classes):
+    n = 2**exponent
+    moved, state = jitted(np.full((n, 1), 0.1, np.float32), np.zeros((num_classes, 1), np.float32), np.zeros(n, int))
+    np.testing.assert_allclose(moved[0, 0], 0.5 * 0.1 * n / (n + 1), rtol=1e-4)
+    np.testing.assert_allclose(state.step_norm, 0.5 * 0.1 * n / (n + 1), rtol=1e-4)
+
+
 def test_the_largest_class_count_of_int32_labels():
     # Without params the number of rows is not known: every index below the largest int32 is a row.
     indices = jnp.array([2**31 - 2, 0, 2**31 - 2])
@@ -234,10 +254,11 @@ def test_an_alpha_outside_of_0_to_1_is_an_error(make, alpha):
         make(alpha)
 
 
-@pytest.mark.parametrize('alpha', [np.array([0.5, 0.5]), 'half'], ids=repr)
-def test_an_alpha_that_is_no_number_is_an_error(alpha):
-    with pytest.raises(TypeError):
-        clj.center_update(alpha)
+@pytest.mark.parametrize('make', [clj.center_update, partial(clj.with_centers, optax.sgd(0.1))])
+@pytest.mark.parametrize('alpha', [np.array([0.5, 0.5]), 'half', None, [0.5]], ids=repr)
+def test_an_alpha_that_is_no_number_is_an_error(make, alpha):
+    with pytest.raises(TypeError, match='alpha must be a number'):
+        make(alpha)
 
 
 @pytest.mark.parametrize('alpha', [0.3, optax.linear_schedule(1.0, 0.0, 10)], ids=['number', 'schedule'])
