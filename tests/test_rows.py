@@ -194,7 +194,6 @@ STACKED: dict[str, Any] = {
 
 @pytest.mark.parametrize('stack', STACKED.values(), ids=STACKED.keys())
 def test_stacked_rows_have_the_values_of_each_and_can_be_joined(stack):
-    # N equals D, so that a wrong axis of the scale gives wrong values.
     stacked = stack()
     np.testing.assert_allclose(stacked.values, [batch_rows(k).values for k in range(2)], rtol=1e-6)
     expected, _ = eq_4(TABLE, clj.concatenate_rows(batch_rows(0), batch_rows(1)))
@@ -205,6 +204,17 @@ def test_stacked_rows_have_the_values_of_each_and_can_be_joined(stack):
         moved, state = eq_4(TABLE, joined)
         np.testing.assert_allclose(moved, expected, rtol=1e-6)
         assert state.dropped == 0
+
+
+def test_stacked_moves_of_center_update_have_the_values_of_each():
+    # Each row has a scale of its own here, so that a wrong axis of the scale gives wrong values where N equals D.
+    transform: Any = clj.center_update(1.0)
+
+    def moves(x, labels):
+        return transform.update(clj.center_rows(x, TABLE, labels), transform.init(TABLE), TABLE)[0]
+
+    stacked = jax.jit(jax.vmap(moves))(X, LABELS)
+    np.testing.assert_allclose(stacked.values, [moves(X[k], LABELS[k]).values for k in range(2)], rtol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['added', 'squared', 'floats halved', 'floats clipped', 'floats normalized'])
