@@ -589,7 +589,7 @@ def test_a_name_with_brackets_is_printed_as_it_is(whole, tmp_path, capsys):
     shutil.copytree(whole, out)
     capsys.readouterr()
     assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
-    assert f'{out / "report.html"} has it all' in capsys.readouterr().out
+    assert f'see {out / "report.html"}' in capsys.readouterr().out
 
 
 def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_device, monkeypatch):
