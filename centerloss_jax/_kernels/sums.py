@@ -136,20 +136,24 @@ def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Arra
     slot = jnp.where(repeated, jnp.cumsum(repeated, dtype=jnp.int32) - 1, DROPPED)
     order = jnp.zeros_like(order).at[slot].set(order, mode='drop')
     index = jnp.full_like(index, DROPPED).at[slot].set(index, mode='drop')
-    last = index != jnp.append(index[1:], DROPPED)
+    unique = jnp.where(index != jnp.append(index[1:], DROPPED), index, DROPPED)  # in the last row of each class
+    in_parts = not at_most(index.size, 2 * ROWS_AT_A_TIME)
 
     def add_row(k, carry):
-        table, squares, total, part = carry
-        part += scale[order[k]] * values[order[k]]
-        flush = last[k] | (k % ROWS_AT_A_TIME == 0)
-        total, part = total + jnp.where(flush, part, 0), jnp.where(flush, 0, part)
-        table = add_rows(table, jnp.where(last[k], index[k], DROPPED), total.astype(table.dtype))
-        return table, squares + jnp.where(last[k], jnp.square(total), 0), jnp.where(last[k], 0, total), part
+        table, squares, total, *part = carry
+        row, last = scale[order[k]] * values[order[k]], unique[k] < DROPPED
+        if in_parts:
+            flush = last | (k % ROWS_AT_A_TIME == 0)
+            row, part = jnp.where(flush, part[0] + row, 0), [jnp.where(flush, 0, part[0] + row)]
+        total += row
+        of_class = jnp.where(last, total, 0)
+        table = add_rows(table, unique[k], of_class.astype(table.dtype))
+        return table, squares + jnp.square(of_class), jnp.where(last, 0, total), *part
 
-    zeros = jnp.zeros(values.shape[1], values.dtype)
-    carry = tuple(vary_as(a, index, values, scale) for a in (table, zeros, zeros, zeros))
+    zeros = [jnp.zeros(values.shape[1], values.dtype)] * (3 if in_parts else 2)
+    carry = tuple(vary_as(a, index, values, scale) for a in (table, *zeros))
     num_repeated = max_over_vmapped_axis(jnp.sum(repeated, dtype=jnp.int32))
-    table, squares, _, _ = jax.lax.fori_loop(0, num_repeated, add_row, carry)
+    table, squares, *_ = jax.lax.fori_loop(0, num_repeated, add_row, carry)
     return table, jnp.sum(squares)
 
 
