@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-# What a spreadsheet takes for the start of a formula, if only behind a tab or a line end.
+# A spreadsheet runs text that starts with one of these as a formula. It may skip a tab or a line end first.
 FORMULAS = ('=', '+', '-', '@', '\t', '\r')
 
 
@@ -59,7 +59,7 @@ def save_figure(path: Path, figure: Any, **options: Any) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Locks a file, and creates it if it is absent. The contents stay. The lock ends with the process.
+    """Locks a file until the block or the process ends. Creates it if absent, and keeps its contents.
 
     Raises:
       BlockingIOError: if another process holds the lock and `wait` is false.

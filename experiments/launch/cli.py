@@ -19,8 +19,8 @@ def main(
 ) -> NoReturn:
     """Parses the flags, runs the experiment and exits.
 
-    The exit code is 2, with one line, for an error that the user can correct. It is 130 or 143, with a line that says
-    how to continue, if SIGINT or SIGTERM stopped the run.
+    The exit code is 2, with one line, for an error that the user can correct, and 1 for an error of the system. It is
+    130 or 143, with a line that says how to continue, if SIGINT or SIGTERM stopped the run.
     """
     prog = f'python -m {prog}'
     code, message = 0, ''

@@ -2,4 +2,4 @@
 
 
 class FlagError(Exception):
-    """What is wrong with the flags, in one line. Not a ValueError, which tyro would print in a box."""
+    """Reports flags that cannot be used, in one line. It is not a ValueError, which tyro would print in a box."""

@@ -52,7 +52,7 @@ class Common:
     """Flags of all programs that train."""
 
     PROGRAM: ClassVar[str]
-    # Flags that may change on --resume because they do not affect the results of an epoch.
+    # Flags that may change on --resume. For the dataset, the fingerprint of the data is compared instead.
     FREE: ClassVar[tuple[str, ...]] = ('dataset', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
 
     dataset: str = 'digits'

@@ -76,14 +76,14 @@ class Devices:
         return batch_size + -batch_size % len(self.devices)
 
     def spread(self, arrays: Any) -> Any:
-        """Splits arrays of examples, or this process's part of them, over the mesh; without a mesh returns them."""
+        """Splits arrays of examples, or this process's part of them, over the mesh, if there is one."""
         if self.mesh is None:
             return arrays
         with jax.transfer_guard('allow'):  # with several processes this counts as an implicit transfer
             return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P(self.mesh.axis_names)), arrays)
 
     def gather(self, arrays: Any) -> Any:
-        """Returns arrays that `spread` has split, or arrays computed from them, whole and as NumPy arrays."""
+        """Gathers arrays that `spread` split, or results from them, into whole NumPy arrays."""
         if jax.process_count() == 1:
             return jax.device_get(arrays)
         return multihost_utils.process_allgather(arrays, tiled=True)

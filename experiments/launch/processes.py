@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from experiments.launch.errors import FlagError
 
-# In seconds. With the time to start Python, each ends a run within a minute.
+# Seconds. With each, a failed run ends within a minute, the start of Python included.
 INITIALIZATION_TIMEOUT, HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 30, 20, 20
 
 

@@ -83,7 +83,7 @@ def check_folder(out: Path) -> None:
 
 
 class Run:
-    """The folder `out` of a run. An earlier run there is resumed or overwritten, or it is an error.
+    """Opens the folder `out`, and resumes or overwrites an earlier run there, or raises RunError.
 
     A folder holds a run if it holds config.json. Without it, files with the names of a run's files may be the user's.
     """
@@ -149,12 +149,12 @@ class Run:
     def _clear(self, config: Mapping[str, Any], identity: Mapping[str, str]) -> None:
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
-        if not self.resumed:  # config.json is replaced last: it marks the other files as a run's
+        if not self.resumed:
             (self.out / METRICS).unlink(missing_ok=True)
             for name in FOLDERS:
                 _remove(self.out / name)
         write_json(self.out / DATA, identity)
-        write_json(self.out / CONFIG, config)
+        write_json(self.out / CONFIG, config)  # last: it marks the other files as a run's
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises RunError if a setting differs from that of the resumed run."""
@@ -247,7 +247,7 @@ def _number(text: str) -> float | str:
 
 
 def read_config(out: Path, *names: str) -> dict[str, Any]:
-    """Returns the settings of a run, which must have entries of these names."""
+    """Returns the settings of a run. Raises DamagedError if an entry of `names` is missing."""
     cure = 'put back a copy of it, or start the run anew with --overwrite'
     config = read_json(out / CONFIG, cure)
     with reading(out / CONFIG, cure):
@@ -264,7 +264,7 @@ def read_json(path: Path, cure: str = 'put back a copy of it') -> Any:
 
 @contextlib.contextmanager
 def reading(path: Path, cure: str) -> Iterator[None]:
-    """Turns what a file of a run raises while it is read into a line that names the file and what to do.
+    """Converts an error in reading a file of a run into one that names the file and the cure.
 
     Raises:
       DamagedError: if it is missing or not whole.

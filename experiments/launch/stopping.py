@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Handles both signals inside a `with` statement. A second signal has its default effect."""
+    """Handles SIGINT and SIGTERM inside a `with` statement. A second signal has its default effect."""
 
     def __init__(self, command: str):
         self._command = command

@@ -53,7 +53,7 @@ class Arm:
 
 
 class Job:
-    """A run, from its settings to its trained arms."""
+    """Runs an experiment from its settings to its trained arms."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -68,7 +68,7 @@ class Job:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def finished(self, *names: str) -> bool:
-        """Returns whether the run is complete, with further files of these names, and prints a line if it is."""
+        """Returns whether the run and the files `names` are complete. If so, prints a line."""
         settings = {**self.settings.decisive(), 'dataset': self.settings.dataset, 'epochs': self.settings.epochs}
         finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *names))
         if finished:
@@ -209,7 +209,7 @@ class Job:
 
 
 class Saves(Protocol):
-    """The part of `Checkpoints` that a training loop needs."""
+    """Declares what a training loop needs of `Checkpoints`."""
 
     def due(self) -> bool: ...
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None: ...
@@ -226,7 +226,7 @@ def train_epoch(
     tally: Tally | None = None,
     saves: Saves | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Runs the steps of an epoch that follow `tally`, and saves during the epoch whenever a save is due.
+    """Runs the steps of an epoch that `tally` does not yet hold, and saves when a save is due.
 
     Args:
         state: The state to train, placed on the devices.
