@@ -30,6 +30,7 @@ from experiments.train.save_files import (
     check_readable,
     check_system,
     first_line,
+    hide_abandoned_reads,
     move_aside,
     saved_steps,
     system_reason,
@@ -196,6 +197,7 @@ def keep_network(params: Any, saved: Any) -> Any:
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    hide_abandoned_reads()
     logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs, with a traceback, what it raises too
     handlers = {'state': ocp.StandardCheckpointHandler(), 'rest': ocp.JsonCheckpointHandler()}
     # Orbax takes absolute paths only.

@@ -4,11 +4,15 @@ A save is damaged if its content is wrong. It is moved aside, and an older save 
 save, as with too many open files, nothing is moved and the run ends.
 """
 
+import functools
 import itertools
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from experiments.launch.run_folder import RunError
 
@@ -99,3 +103,16 @@ def _unreadable(path: Path, error: BaseException) -> RunError:
         f'{path} could not be read ({system_reason(error)}); nothing is removed. Mend that, or move '
         'the save to another folder, and give the same line again'
     )
+
+
+@functools.cache
+def hide_abandoned_reads() -> None:
+    """Hides the tracebacks of reads that Orbax abandons after another read of the same save has failed."""
+    hook = sys.unraisablehook
+
+    def unless_abandoned(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            hook(unraisable)
+
+    sys.unraisablehook = unless_abandoned
+    logging.getLogger('asyncio').addFilter(lambda record: 'never retrieved' not in record.getMessage())
