@@ -1,5 +1,6 @@
 """Executes `experiments/tour.ipynb` and compares what it shows with the outputs that it was saved with."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -15,7 +16,9 @@ def code_cells(notebook):
 
 
 def kinds_of_outputs(cell):
-    return [sorted(output.get('data', {'text': ''})) for output in cell.outputs]
+    """Returns the kinds of a cell's outputs in order. The kernel may send printed text in one piece or in several."""
+    kinds = [sorted(output.get('data', {'text': ''})) for output in cell.outputs]
+    return [kind for kind, _ in itertools.groupby(kinds)]
 
 
 def ratios(notebook):
