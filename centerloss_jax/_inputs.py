@@ -76,21 +76,16 @@ def class_index(
 def row_index(integers: HostOrDevice, num_rows: int) -> HostOrDevice:
     """Narrows integers to int32: IGNORED where they are negative, DROPPED where they are num_rows or more."""
     xp = np if isinstance(integers, np.ndarray) else jnp
-    largest = jnp.iinfo(integers.dtype).max
-    in_table = integers < num_rows if at_most(num_rows, largest) else xp.ones_like(integers, dtype=bool)
+    largest = int(jnp.iinfo(integers.dtype).max)
+    # A dtype that cannot hold num_rows holds no integer beyond the table.
+    in_table = xp.ones_like(integers, dtype=bool) if at_most(largest + 1, num_rows) else integers < num_rows
     narrow = xp.where(in_table, integers, xp.zeros_like(integers)).astype(np.int32)
     return xp.where(integers < 0, np.int32(IGNORED), xp.where(in_table, narrow, np.int32(DROPPED)))
 
 
 def at_most(number: Any, limit: Any) -> bool:
-    """Returns True if number <= limit is known to hold, False for None and for sizes that cannot be compared.
-
-    Such sizes are symbolic, as under `jax.export`.
-    """
-    try:
-        return number is not None and bool(number <= limit)
-    except jax.errors.InconclusiveDimensionOperation:
-        return False
+    """Returns True if number <= limit is known to hold, False for None and for symbolic sizes of `jax.export`."""
+    return isinstance(number, int) and isinstance(limit, int) and number <= limit
 
 
 def check_num_classes(num_classes: int) -> None:

@@ -3,6 +3,7 @@
 They can be exported with symbolic sizes too, and saved with their rows and states.
 """
 
+from functools import partial
 from typing import Any
 
 import chex
@@ -156,6 +157,16 @@ def test_an_export_with_symbolic_sizes_gives_the_result_of_each_size(function, s
         labels = rng.integers(-1, 4, batch).astype(np.int32)
         got, expected = exported.call(x, table, labels), jax.jit(function)(x, table, labels)
         chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'uint8', 'int32'])
+def test_a_label_beyond_a_symbolic_number_of_classes_is_a_mistake(dtype):
+    x, table, _ = symbolic('b', 'c')
+    (batch,) = jax.export.symbolic_shape('b', scope=x.shape[0].scope)
+    labels = jax.ShapeDtypeStruct((batch,), dtype)
+    exported = jax.export.export(jax.jit(partial(clj.center_loss, reduce_fn=None)))(x, table, labels)
+    got = exported.call(np.ones((3, 3), np.float32), np.zeros((5, 3), np.float32), np.array([4, 5, 100], dtype))
+    np.testing.assert_array_equal(got, [3, np.nan, np.nan])
 
 
 def test_a_serialized_step_takes_and_returns_rows_and_its_state():
