@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc  # noqa: F401  # Python imports it to report a warning, and cannot at a limit on open files
 from functools import partial
 from pathlib import Path
 from typing import Any
