@@ -5,6 +5,7 @@ int32 after that. JAX without x64 folds the NumPy label 2**32 + 3 to 3, and `jnp
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ def row_index(integers: HostOrDevice, num_rows: int) -> HostOrDevice:
 
 def at_most(number: Any, limit: Any) -> bool:
     """Returns True if number <= limit is known to hold, False for None and for symbolic sizes of `jax.export`."""
-    return isinstance(number, int) and isinstance(limit, int) and number <= limit
+    return isinstance(number, Integral) and isinstance(limit, Integral) and number <= limit
 
 
 def check_num_classes(num_classes: int) -> None:

@@ -1,6 +1,7 @@
 """class_statistics: counts, means and variances of the classes, of one batch or merged from many."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import hypothesis
@@ -291,3 +292,9 @@ def test_class_statistics_are_the_same_on_a_mesh(axis_type, spec):
     alone = jitted(x, labels, 4)
     for field in ('count', 'mean', 'squared_deviation', 'intra', 'inter', 'ratio'):
         np.testing.assert_allclose(getattr(on_mesh, field), getattr(alone, field), rtol=1e-6, atol=1e-7)
+
+
+def test_a_number_of_classes_from_numpy_gives_the_same_bits_for_a_large_batch():
+    x, labels = np.full((2**15, 1), 0.1, np.float32), np.zeros(2**15, np.int32)
+    num_classes: Any = np.int64(3)
+    chex.assert_trees_all_equal(clj.class_statistics(x, labels, num_classes), clj.class_statistics(x, labels, 3))
