@@ -19,14 +19,14 @@ READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 def steps_of(split: Split | LazySplit, batch_size: int) -> int:
-    """Batches of an epoch."""
+    """Returns the number of batches of an epoch."""
     return -(-len(split) // batch_size)
 
 
 def train_batches(
     split: Split | LazySplit, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Batches without end, in another order each epoch; `get_state` and `set_state` continue exactly.
+    """Returns batches without end, in another order each epoch; `get_state` and `set_state` continue exactly.
 
     The last batch of an epoch is filled up with zeros and the label -1, so that
     shapes never change. `batch_size` is that of all processes together: each one gets its share of the same
@@ -47,7 +47,7 @@ def train_batches(
 def eval_batches(
     split: Split | LazySplit, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """All examples once and in order, the last batch filled up and each batch shared as in training."""
+    """Returns all examples once in order. The last batch is padded, and each batch is split as in training."""
     own, size = process_slice(batch_size, process_index, process_count)
     order = grain.MapDataset.range(len(split)).batch(batch_size, batch_fn=np.asarray)
     return iter(order.map(lambda indices: _take(split, indices[own], size)).to_iter_dataset(READ_OPTIONS))
@@ -56,7 +56,7 @@ def eval_batches(
 def process_slice(
     batch_size: int, process_index: int, process_count: int, name: str = '--batch-size'
 ) -> tuple[slice, int]:
-    """Which examples of a batch a process reads, and how many."""
+    """Returns which examples of a batch a process reads, and how many."""
     if batch_size % process_count:
         raise ValueError(f'{name} must be a multiple of the {process_count} processes, got {batch_size}')
     size = batch_size // process_count

@@ -1,4 +1,4 @@
-"""The default dataset, and what the TFDS builders of this project share.
+"""The default dataset, and the functions that the TFDS builders of this project share.
 
 They give TFDS encoded images, so that preparing a set takes neither TensorFlow nor a network.
 """
@@ -21,7 +21,7 @@ from experiments.launch.atomic_files import sync_tree
 
 
 def digits(data_dir: Path) -> tfds.core.DatasetBuilder:
-    """Scikit-learn's handwritten digits, prepared on first use."""
+    """Returns scikit-learn's handwritten digits, prepared on first use."""
     return prepare_once(data_dir / Digits.name / str(Digits.VERSION), lambda: Digits(data_dir=data_dir))
 
 
@@ -55,7 +55,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare_once(copy: Path, make_builder: Callable[[], tfds.core.GeneratorBasedBuilder]) -> tfds.core.DatasetBuilder:
-    """The copy in this folder, prepared if it is not there; TFDS puts it there when it is complete."""
+    """Returns the copy in this folder, and prepares it first if it is absent. TFDS renames a complete copy to it."""
     if not copy.exists():
         with lock_cache(copy.parent):
             if not copy.exists():
@@ -69,7 +69,7 @@ def prepare_once(copy: Path, make_builder: Callable[[], tfds.core.GeneratorBased
 
 
 def held_out(keys: Collection[str]) -> set[str]:
-    """A fifth of the keys of one class, never all of them, drawn by hash: the same ones in every run."""
+    """Returns a fifth of the keys of one class, never all, chosen by hash, so that every run has the same ones."""
     count = max(1, round(len(keys) / 5)) if len(keys) > 1 else 0
     return set(sorted(keys, key=lambda key: hashlib.sha256(os.fsencode(key)).digest())[:count])
 
@@ -81,7 +81,7 @@ def classification_info(
     num_classes: int,
     facts: dict[str, Any] | None = None,
 ) -> tfds.core.DatasetInfo:
-    """What TFDS wants to know of a set of images and labels. It keeps the `facts` beside them."""
+    """Returns the TFDS description of a dataset of images and labels, with `facts` as its metadata."""
     features = tfds.features.FeaturesDict(
         {
             'image': tfds.features.Image(shape=image_shape),

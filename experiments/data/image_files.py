@@ -1,4 +1,4 @@
-"""Which files of a folder are images of which class and split.
+"""The files of a folder of images, by class and split.
 
 No file is left out in silence: what cannot be used is a line that the run prints, or an error.
 """
@@ -20,7 +20,7 @@ Splits = dict[str, dict[str, list[Path]]]  # split -> class -> files
 
 
 def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
-    """Train and test images by class, from `class/*` or from `train/class/*` and `test/class/*`, and notes.
+    """Returns train and test images by class, from `class/*` or from `train/class/*` and `test/class/*`, and notes.
 
     Raises:
         DataError: if there are fewer than two classes, or train and test differ in their classes.
@@ -109,7 +109,7 @@ def shown(path: Path | str) -> str:
 
 
 def stamp(splits: Splits) -> str:
-    """Another text whenever a file has been added, removed, moved or written. Reads no file."""
+    """Returns a text that changes if a file is added, removed, moved or written. Reads no file."""
     digest = hashlib.sha256()
     for path in (path for classes in splits.values() for paths in classes.values() for path in paths):
         stat = path.stat() if path.exists() else path.lstat()
@@ -118,7 +118,7 @@ def stamp(splits: Splits) -> str:
 
 
 def fingerprint(folder: Path, splits: Splits) -> dict[str, str]:
-    """Returns a text for the images of each class and split: another one for other names, sizes or contents."""
+    """Returns a text for the images of each class and split. It changes with names, sizes and contents."""
     found = {}
     for split, classes in splits.items():
         for name, paths in classes.items():

@@ -1,4 +1,4 @@
-"""Anyone's own images, made into a TFDS set that is read like all others.
+"""A user's own images as a TFDS dataset.
 
 Files differ in size and in channels, and some are broken. Each case has one outcome: a line that the run
 prints, or an error before anything is prepared.
@@ -41,7 +41,7 @@ PNG = b'\x89PNG\r\n\x1a\n'
 
 
 def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
-    """The images of this folder, prepared again whenever its files change, and notes on them."""
+    """Returns the images of a folder, prepared again whenever its files change, and notes on them."""
     splits, notes = find_images(folder)
     place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
     home = data_dir / 'image_folders' / f'{folder.name}-{place}-{stamp(splits)}'
@@ -84,7 +84,7 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, set[Path], list[str]]:
-    """Size (width, height) and mode that all images will have, files with odd metadata, and notes. Reads every file."""
+    """Returns the common size (width, height) and mode, the files with damaged metadata, and notes. Reads all files."""
     paths = [path for classes in splits.values() for paths in classes.values() for path in paths]
     sizes, modes = collections.Counter(), collections.Counter()
     transparent, odd, broken = 0, set(), []
@@ -180,7 +180,7 @@ def _without_metadata(content: bytes) -> bytes | None:
 
 
 def _image_or_path(path: Path, size: tuple[int, int], mode: str) -> Image.Image | str:
-    """The path where the file can be stored as it is, which keeps a JPEG small."""
+    """Returns the path if the file can be stored unchanged, which keeps a JPEG small, or else the image."""
     with Image.open(path, formats=FORMATS) as file:
         upright = _orientation(file) == 1
         if file.size == size and file.mode == mode and upright and not file.has_transparency_data:

@@ -39,18 +39,18 @@ class Dataset:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The fingerprint and the names of the classes, which differ for other data."""
+        """Returns the fingerprint and the class names, which differ for other data."""
         return {**{f'class {number}': name for number, name in enumerate(self.class_names)}, **self.fingerprint}
 
     @property
     def overview(self) -> str:
-        """A line that shows how the data were understood."""
+        """Returns a line with the numbers of classes and images and the first class names."""
         sizes = f'{len(self.train)} train and {len(self.test)} test images'
         return f'{self.name} has {self.num_classes} classes ({some(self.class_names)}), {sizes}'
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Height, width, channels."""
+        """Returns height, width and channels."""
         return self.train.image_shape
 
 
@@ -79,7 +79,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
 
 
 def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
-    """What a set is called, the builder of its prepared copy, and notes.
+    """Returns the name of a dataset, the builder of its prepared copy, and notes.
 
     A name wins over a folder: `./mnist` is the folder.
     """
@@ -126,13 +126,13 @@ def _dataset(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -
 
 
 def _fingerprint(info: tfds.core.DatasetInfo) -> dict[str, str]:
-    """Returns name, version and splits of a set."""
+    """Returns the name, version and splits of a dataset."""
     splits = {f'split {name}': f'{split.num_examples} examples' for name, split in info.splits.items()}
     return {'dataset': info.full_name, **splits}
 
 
 def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
-    """What examples call their image and their label; of several labels, the set says which is meant."""
+    """Returns the keys of the image and the label in an example. The dataset says which of several labels it means."""
     features: Any = info.features
     images = [key for key in features if _is_image(features[key])]
     labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
@@ -149,7 +149,7 @@ def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
 
 
 def _class_numbers(feature: Any, sources: dict[str, Any], key: str) -> tuple[tuple[str, ...], Callable[[Any], int]]:
-    """The names of the classes, and the number of a class for what an example has as label."""
+    """Returns the class names, and a function from the label of an example to its class."""
     if isinstance(feature, tfds.features.ClassLabel):
         return tuple(feature.names), int
     found = {source[index][key] for source in sources.values() for index in range(len(source))}
@@ -165,7 +165,7 @@ def _is_image(feature: Any) -> bool:
 
 
 def _train_and_test(name: str, splits: dict[str, LazySplit]) -> tuple[LazySplit, LazySplit, tuple[str, ...]]:
-    """The splits to train and to test on, and what to say about the choice."""
+    """Returns the splits for training and testing, and notes on the choice."""
     if 'train' not in splits:
         raise DataError(f'{name} has no split named train, only {", ".join(splits)}')
     train = splits['train']

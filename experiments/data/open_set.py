@@ -1,4 +1,4 @@
-"""A dataset divided by classes: some are trained on, the others are met for the first time when they are verified."""
+"""A dataset divided by classes: some are trained on, the others are only verified."""
 
 import dataclasses
 import re
@@ -10,10 +10,10 @@ from experiments.data.image_files import all_numbers, some
 from experiments.data.load import Dataset
 from experiments.data.splits import Split
 
-# Of what the classes of a dataset are held out where nothing else is said.
+# Share of the classes that are held out by default.
 FRACTION = 0.3
 
-# Verified are as many classes as have no more examples than these together, since pairs are their square.
+# Limit on the examples of the verified classes, since the number of pairs is its square.
 LIMIT = 4000
 
 
@@ -26,7 +26,7 @@ class OpenSet:
 
 
 def divide(data: Dataset, held_out: str = '') -> OpenSet:
-    """Divides a dataset by classes. What is to say of it is in the notes of the known part.
+    """Divides a dataset by classes. The notes of the known part describe the division.
 
     Args:
         data: the whole dataset.
@@ -81,7 +81,7 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
 
 
 def _parsed(held_out: str, names: Sequence[str]) -> np.ndarray:
-    """Which of the classes are meant, [C] bool."""
+    """Returns which classes are held out, bool `[C]`."""
     chosen = np.zeros(len(names), bool)
     if held_out not in names and re.fullmatch(r'0?\.\d+', held_out):
         chosen[len(names) - round(float(held_out) * len(names)) :] = True
@@ -105,12 +105,12 @@ def _parsed(held_out: str, names: Sequence[str]) -> np.ndarray:
 
 
 def _fifth(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Every fifth example of each class."""
+    """Returns every fifth example of each class."""
     return np.concatenate([places[labels == label][4::5] for label in np.unique(labels)])
 
 
 def _limited(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """As many of these classes as fit into the limit, in an order that is the same in every run; two or more."""
+    """Returns as many of these classes as fit into the limit, two or more, in an order that every run repeats."""
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     order = np.random.default_rng(0).permutation(np.flatnonzero(classes))
     fitting = max(2, int((np.cumsum(counts[order]) <= LIMIT).sum()))

@@ -1,4 +1,4 @@
-"""A split of a prepared dataset as pixels: in memory where it fits, decoded as it is taken where it does not.
+"""The pixels of a split: in memory if it fits, or else decoded when examples are taken.
 
 TFDS hands over encoded images. Decoded here, they have the size and channels that the set promises, even if
 some of its files are grey, CMYK or have a palette.
@@ -16,7 +16,7 @@ from PIL import Image
 # A split that takes more than this when decoded, in bytes, stays encoded.
 MEMORY_LIMIT = 2 * 2**30
 
-# What Pillow may read, whatever a file is called: EPS would start Ghostscript. To Pillow an MPO is a JPEG here.
+# Formats that Pillow may read, whatever the suffix: EPS would start Ghostscript. JPEG covers MPO.
 FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP')
 
 # Pillow's name for so many channels.
@@ -34,11 +34,11 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images `[n, H, W, K]` and labels `[n]` of these examples."""
+        """Returns images `[n, H, W, K]` and labels `[n]` of these examples."""
         return self.images[indices], self.labels[indices]
 
     def part(self, indices: np.ndarray, classes: np.ndarray) -> 'Split':
-        """These examples, with `classes[label]` for a label."""
+        """Returns these examples, with `classes[label]` in place of each label."""
         images, labels = self.take(indices)
         return Split(images, classes[labels].astype(np.int32))
 
@@ -61,7 +61,7 @@ class LazySplit:
         return len(self.rows)
 
     def take(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Images `[n, H, W, K]` and labels `[n]` of these examples."""
+        """Returns images `[n, H, W, K]` and labels `[n]` of these examples."""
         examples = self.source.__getitems__([int(self.rows[index]) for index in indices])
         images = np.empty((len(examples), *self.image_shape), np.uint8)
         labels = np.empty(len(examples), np.int32)
@@ -73,11 +73,11 @@ class LazySplit:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Labels of all examples, which are read for it, but not decoded."""
+        """Returns the labels of all examples. Reads the examples without decoding the images."""
         return np.array([self.number(self.source[int(row)][self.keys[1]]) for row in self.rows], np.int32)
 
     def part(self, indices: np.ndarray, classes: np.ndarray) -> 'LazySplit':
-        """These examples, with `classes[label]` for a label."""
+        """Returns these examples, with `classes[label]` in place of each label."""
         rows = [self.rows[index] for index in indices]
         return dataclasses.replace(self, rows=rows, number=lambda label: int(classes[self.number(label)]))
 
@@ -92,7 +92,7 @@ def _decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def pixels(image: Image.Image, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """An image as an array of this height, width and number of channels; stretched if its size is another."""
+    """Returns an image as an array of this height, width and number of channels, stretched if needed."""
     height, width, channels = image_shape
     image = image.convert(MODES[channels])
     if image.size != (width, height):

@@ -24,12 +24,12 @@ FEATURES = {
 }
 
 
-# What TFDS names the folder of a copy or of a download that it has not finished.
+# TFDS gives these names to the folder of an unfinished copy or download.
 _UNFINISHED = re.compile(r'incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+|.+\.tmp\.[0-9a-f]{32}')
 
 
 class DataError(Exception):
-    """What is wrong with the data and what to do, in one to ten lines for whoever started the run."""
+    """Reports an error of the data and its cure to the user, in one to ten lines."""
 
 
 @contextlib.contextmanager
@@ -47,14 +47,14 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def _versions(folder: Path, pattern: str = '') -> list[Path]:
-    """Complete copies in a folder, the newest last: TFDS gives a copy this name when it is complete."""
+    """Returns the complete copies in a folder, the newest last. TFDS renames a copy when it is complete."""
     found = [info.parent for info in folder.glob('*/dataset_info.json')]
     found = [path for path in found if re.fullmatch(r'\d+\.\d+\.\d+', path.name) and path.match(pattern or '*')]
     return sorted(found, key=lambda path: [int(number) for number in path.name.split('.')])
 
 
 def find(name: str, data_dir: Path) -> tfds.core.DatasetBuilder | None:
-    """The newest copy of `set`, `set/config` or `set/config:version`, or None."""
+    """Returns the newest copy of `set`, `set/config` or `set/config:version`, or None."""
     path, _, version = name.partition(':')
     folder = data_dir / path
     versions = _versions(folder, version)
@@ -90,7 +90,7 @@ def _class_names(text: str) -> Iterator[str]:
 
 
 def read(folder: Path) -> tfds.core.DatasetBuilder:
-    """The copy in this folder, which must be ArrayRecord: the format with random access."""
+    """Reads the copy in this folder, which must be ArrayRecord, the format with random access."""
     try:
         _check_features(folder / 'features.json')
         builder = tfds.builder_from_directory(folder)
