@@ -223,7 +223,8 @@ def test_collapsed_features_are_said_to_have_collapsed(tmp_path, data_dir, capsy
     assert (out / 'features.png').exists()
 
 
-@pytest.mark.parametrize('feature_dim', [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize('feature_dim', [1, 5])
 def test_any_feature_dimension_is_trained_and_drawn(tmp_path, data_dir, feature_dim):
     out = short(tmp_path, data_dir, feature_dim=feature_dim, parallel='none')
     assert (out / 'features.png').exists()

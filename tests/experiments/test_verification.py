@@ -126,6 +126,7 @@ def public_features(name: str, tmp_path: Path) -> dict[str, Any]:
     return {key: features[key] for key in ('image', 'label')}
 
 
+@pytest.mark.slow
 def test_omniglot_whose_splits_have_alphabets_of_their_own_is_verified_on_those_of_the_test_split(tmp_path, capsys):
     pictures = pictures_of(8, 6, 105)
     by_split = {'train': [p for p in pictures if p[1] < 5], 'test': [p for p in pictures if p[1] >= 5]}

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from experiments import toy2d
 from experiments.data.batches import train_batches
 from experiments.data.splits import Split
 from experiments.launch.mesh import Devices, choose, over_mesh
-from experiments.launch.run_folder import DamagedError, RunError, read_json
+from experiments.launch.run_folder import DamagedError, RunError, is_whole, read_json
 from experiments.launch.stopping import Stop
 from experiments.train import checkpoint
 from experiments.train.checkpoint import Checkpoints
@@ -163,17 +164,27 @@ def lose_the_last_digit(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])  # of the last number: the line end has two
 
 
+LOST_DIGIT = ('metrics.csv', lose_the_last_digit)
+DAMAGES = [
+    ('metrics.csv', Path.unlink),
+    ('metrics.csv', halve),
+    ('summary.json', Path.unlink),
+    ('known.json', halve),
+    ('features.png', halve),
+    ('features.gif', Path.unlink),
+]
+
+
+@pytest.mark.parametrize(('name', 'damage'), [LOST_DIGIT, *DAMAGES])
+def test_a_lost_or_damaged_file_of_a_run_is_not_whole(whole, tmp_path, name, damage):
+    path = Path(shutil.copy(whole / name, tmp_path))
+    assert is_whole(path)
+    damage(path)
+    assert not is_whole(path)
+
+
 @pytest.mark.parametrize(
-    ('name', 'damage'),
-    [
-        ('metrics.csv', Path.unlink),
-        ('metrics.csv', halve),
-        ('metrics.csv', lose_the_last_digit),
-        ('summary.json', Path.unlink),
-        ('known.json', halve),
-        ('features.png', halve),
-        ('features.gif', Path.unlink),
-    ],
+    ('name', 'damage'), [LOST_DIGIT, *(pytest.param(*damage, marks=pytest.mark.slow) for damage in DAMAGES)]
 )
 def test_what_a_finished_run_lacks_is_made_again(whole, tmp_path, capsys, name, damage):
     out = tmp_path / 'run'
@@ -197,8 +208,7 @@ with lock(Path(sys.argv[1], '.lock')):
 """
 
 
-@pytest.mark.parametrize('flags', [('--resume',), ('--overwrite',), ()])
-def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path, capsys, flags):
+def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path, capsys):
     out = tmp_path / 'run'
     out.mkdir()
     (out / '.lock').touch()
@@ -206,13 +216,14 @@ def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b'locked\n'
-        assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 2
-        error = capsys.readouterr().err
-        assert 'in use by another run' in error
-        assert len(error.splitlines()) == 1
-        assert os.listdir(out) == ['.lock']
+        for flags in (('--resume',), ('--overwrite',), ()):
+            assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 2
+            error = capsys.readouterr().err
+            assert 'in use by another run' in error
+            assert len(error.splitlines()) == 1
+            assert os.listdir(out) == ['.lock']
         other.kill()
-    assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 0
+    assert run(*QUICK, '--epochs', 1, '--out', out) == 0
 
 
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
@@ -270,6 +281,21 @@ def add_a_picture(folder: Path) -> None:
     Image.new('L', (8, 8), 99).save(folder / 'cow' / 'new.png')
 
 
+@pytest.fixture(scope='module')
+def own_images(tmp_path_factory) -> Path:
+    """A folder with images in `moved`, their prepared copy in `cache`, and a run that has seen two epochs of them."""
+    folder = tmp_path_factory.mktemp('own images')
+    for value, name in enumerate(('ant', 'bee', 'cow')):
+        (folder / 'own' / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new('L', (8, 8), 50 * value + number).save(folder / 'own' / name / f'{number}.png')
+    flags = ('--parallel', 'none', '--data-dir', folder / 'cache', '--out', folder / 'run', '--resume')
+    assert run(*flags, '--dataset', folder / 'own', '--epochs', 1) == 0
+    moved = (folder / 'own').rename(folder / 'moved')
+    assert run(*flags, '--dataset', moved, '--epochs', 2) == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     ('change', 'named'),
     [
@@ -278,19 +304,15 @@ def add_a_picture(folder: Path) -> None:
         (add_a_picture, ('train-examples is 13', 'has 12')),
     ],
 )
-def test_other_data_are_one_line_that_names_the_difference_and_a_moved_folder_is_none(tmp_path, capsys, change, named):
-    for value, name in enumerate(('ant', 'bee', 'cow')):
-        (tmp_path / 'own' / name).mkdir(parents=True)
-        for number in range(5):
-            Image.new('L', (8, 8), 50 * value + number).save(tmp_path / 'own' / name / f'{number}.png')
-    flags = ('--parallel', 'none', '--data-dir', tmp_path / 'cache', '--out', tmp_path / 'run', '--resume')
-    assert run(*flags, '--dataset', tmp_path / 'own', '--epochs', 1) == 0
-    moved = (tmp_path / 'own').rename(tmp_path / 'moved')
-    assert run(*flags, '--dataset', moved, '--epochs', 2) == 0
+def test_other_data_are_one_line_that_names_the_difference_and_a_moved_folder_is_none(
+    own_images, tmp_path, capsys, change, named
+):
+    shutil.copytree(own_images, tmp_path, dirs_exist_ok=True)
     before = bytes_of(tmp_path / 'run')
-    change(moved)
+    change(tmp_path / 'moved')
     capsys.readouterr()
-    assert run(*flags, '--dataset', moved, '--epochs', 3) == 2
+    flags = ('--parallel', 'none', '--data-dir', tmp_path / 'cache', '--out', tmp_path / 'run', '--resume')
+    assert run(*flags, '--dataset', tmp_path / 'moved', '--epochs', 3) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert '--resume' in error
@@ -593,6 +615,8 @@ def test_a_name_with_brackets_is_printed_as_it_is(whole, tmp_path, capsys):
     assert f'see {out / "report.html"}' in capsys.readouterr().out
 
 
+# Without a free file Orbax drops coroutines that it has not awaited. They are collected here, not in a later test.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_device, monkeypatch):
     folder = tmp_path / 'saves'
     save_twice(folder, saved, one_device)
@@ -614,6 +638,7 @@ def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_
                 saves.restore(saved, batches, said.append)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            gc.collect()
     assert (said, bytes_of(folder)) == ([], before)
 
 
@@ -720,7 +745,7 @@ def test_if_no_save_is_whole_each_is_named_and_the_run_starts(tmp_path, saved, o
     assert [str(tmp_path / str(step)) in line for step, line in zip((2, 1), said, strict=True)] == [True, True]
 
 
-@pytest.mark.parametrize(('num_classes', 'feature_dim'), [(7, 2), (10, 5)])
+@pytest.mark.parametrize(('num_classes', 'feature_dim'), [(7, 2), pytest.param(10, 5, marks=pytest.mark.slow)])
 def test_other_centers_are_an_error_that_names_both_shapes_and_the_recipe_keeps_the_network(
     tmp_path, saved, one_device, num_classes, feature_dim
 ):
