@@ -13,7 +13,6 @@ from experiments import toy2d
 from tests.support import tiny
 from tests.support.tiny import COLUMNS, rows, strict
 
-
 # Tests with the same batch size and devices share their compiled programs.
 FAST = ('--batch-size', 125, '--parallel', 'none')
 

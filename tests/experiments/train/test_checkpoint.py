@@ -1,11 +1,9 @@
 """Runs that are stopped, killed, extended or moved to other devices end as one that was left alone."""
 
-import csv
 import errno
 import gc
 import json
 import os
-import random
 import resource
 import shlex
 import shutil
@@ -13,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc  # noqa: F401  # Python imports it to report a warning, and cannot at a limit on open files
 from functools import partial
 from pathlib import Path
@@ -40,42 +37,14 @@ from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot
 from experiments.train.step import Metrics, Tally, create_state, train_step
 from tests.support import tiny
+from tests.support.ends import ARMS, assert_same_ends, what_came_out
 from tests.support.limits import limited_to
 
-ARMS = ('softmax', 'center')
 STEPS = 3  # an epoch of the digits has at this batch size
 QUICK = ('--parallel', 'none', '--batch-size', 500)
 
 
 run = partial(tiny.run, toy2d)
-
-
-def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.endswith(('_seconds', '_per_second'))}
-
-
-def what_came_out(out: Path) -> dict[str, Any]:
-    """All that a run leaves, but for times: rows, summary, pictures, snapshots, and the arrays of its last saves."""
-    with (out / 'metrics.csv').open(newline='', encoding='utf-8') as file:
-        rows = [untimed(row) for row in csv.DictReader(file)]
-    summary = json.loads((out / 'summary.json').read_text(encoding='utf-8'))
-    ends = {'rows': rows, 'summary': {arm: untimed(values) for arm, values in summary.items()}}
-    for name in ('features.png', 'features.gif'):
-        ends[name] = (out / name).read_bytes()
-    for path in sorted((out / 'snapshots').iterdir()):
-        with np.load(path) as arrays:
-            ends[path.name] = {name: array.tobytes() for name, array in arrays.items()}
-    for arm in ARMS:
-        saved = checkpoint.saved_params(out / 'checkpoints' / arm)
-        ends[arm] = {jax.tree_util.keystr(p): a.tobytes() for p, a in jax.tree_util.tree_leaves_with_path(saved)}
-    return ends
-
-
-def assert_same_ends(out: Path, other: Path) -> None:
-    ends, others = what_came_out(out), what_came_out(other)
-    assert ends.keys() == others.keys()
-    for name, value in ends.items():
-        assert value == others[name], name
 
 
 @pytest.fixture(scope='module')
@@ -809,41 +778,3 @@ def test_the_loop_refuses_transfers_by_the_way(one_device):
     step, unplaced = one_device.compile(train_step), np.float32(0.1)
     with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
         train_epoch(state, step, batches, 3, unplaced, one_device, lambda *_: None)
-
-
-def start(*flags: object) -> subprocess.Popen:
-    """Starts the command in a process of its own, which says where it computes once it has begun."""
-    command = [sys.executable, '-W', 'error', '-m', 'experiments.toy2d', *map(str, flags)]
-    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    assert 'jax' in process.stdout.readline()
-    return process
-
-
-def finish(process: subprocess.Popen) -> None:
-    output = process.communicate()
-    assert process.returncode == 0, output
-
-
-@pytest.mark.slow
-def test_runs_that_are_killed_at_20_random_moments_end_as_one_that_was_not(tmp_path):
-    flags = ('--parallel', 'none', '--batch-size', 100, '--epochs', 8, '--save-every', 0.1, '--resume')
-    begun = time.monotonic()
-    finish(start(*flags, '--out', tmp_path / 'whole'))
-    longest = time.monotonic() - begun
-
-    moments, kills, run_number = random.Random(0), 0, 0
-    while kills < 20:
-        out = tmp_path / f'run {run_number}'
-        process = start(*flags, '--out', out)
-        try:
-            process.communicate(timeout=moments.uniform(0, longest))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-        if process.returncode != -signal.SIGKILL or kills == 20:
-            finish(start(*flags, '--out', out))
-            assert_same_ends(out, tmp_path / 'whole')
-            run_number += 1
