@@ -131,7 +131,8 @@ def main(config: Config) -> None:
     open_set = load_open_set(config, config.held_out)
     for note in open_set.known.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    config.check_data(len(open_set.known.train), open_set.known.image_shape)
+    for note in config.check_data(open_set.known.train):
+        console.print(note, highlight=False, soft_wrap=True)
     facts = {'num_classes': open_set.known.num_classes, 'train_examples': len(open_set.known.train)}
     if run.resumed:
         run.check({**config.decisive(), **facts})

@@ -215,6 +215,25 @@ def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path
     assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 0
 
 
+def of_an_earlier_version(config: Path) -> None:
+    """Removes a setting that an earlier version did not have."""
+    settings = json.loads(config.read_text())
+    del settings['images_per_class']
+    config.write_text(json.dumps(settings))
+
+
+def test_a_run_of_a_version_without_p_by_k_batches_goes_on_without_them(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    assert run(*QUICK, '--epochs', 1, '--out', out) == 0
+    of_an_earlier_version(out / 'config.json')
+    assert run(*QUICK, '--epochs', 1, '--out', out, '--resume') == 0
+    assert 'finished' in capsys.readouterr().out
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume', '--images-per-class', 50) == 2
+    assert '--resume: images-per-class is 50, but' in capsys.readouterr().err
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
+    assert_same_ends(out, whole)
+
+
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob('*')}
     assert run(*QUICK, '--epochs', 2, '--out', whole, '--resume') == 0
@@ -228,6 +247,7 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
         (('--alpha', 0.25), ('alpha', '0.25', '0.5')),
         (('--seed', 3), ('seed', '3', '0')),
         (('--batch-size', 250), ('batch-size', '250', '500')),
+        (('--images-per-class', 50), ('images-per-class', '50', '0')),
         (('--learning-rate', 0.5), ('learning-rate', '0.5', '0.003')),
         (('--model', 'lenets++'), ('small', 'lenets++', 'keep_network')),
         (('--feature-dim', 3), ('[10, 2]', '[10, 3]', 'keep_network')),
