@@ -26,12 +26,12 @@ from experiments.launch.flags import Common, DeviceFlags, Folder, check_alpha, c
 from experiments.launch.mesh import Devices, choose
 from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, format_environment
 from experiments.launch.stopping import Stop
+from experiments.metrics.held_out import intervals
 from experiments.plots.curves import draw_sweep
 from experiments.plots.features import draw_features
 from experiments.plots.panel import legend
 from experiments.plots.report import write_report
 from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
-from experiments.train.metrics import intervals
 from experiments.train.snapshots import load_snapshot
 
 _TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'

@@ -19,12 +19,12 @@ from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import Folder, Settings
+from experiments.metrics.held_out import Interval, Roc, intervals
 from experiments.plots.curves import draw_roc
 from experiments.plots.measures import measure_name
 from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, evaluate_open_set
 from experiments.train.loop import Arm, Job
-from experiments.train.metrics import Interval, Roc, intervals
 from experiments.train.thresholds import write_known
 
 _TABLE, _PICTURE = 'verification.csv', 'roc.png'

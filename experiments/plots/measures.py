@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from experiments.train.metrics import Interval
+from experiments.metrics.held_out import Interval
 
 # Display name and explanation of each measure, in the order of the report.
 MEASURES = {

@@ -16,7 +16,7 @@ from experiments.data.batches import eval_batches
 from experiments.data.open_set import OpenSet
 from experiments.data.splits import LazySplit, Split
 from experiments.launch.mesh import Devices
-from experiments.train.metrics import Roc, unknown_auroc, verify
+from experiments.metrics.held_out import Roc, unknown_auroc, verify
 from experiments.train.snapshots import Snapshot
 from experiments.train.thresholds import threshold_of
 

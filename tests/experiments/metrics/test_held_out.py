@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.train.metrics import Roc, interval, unknown_auroc, verify
+from experiments.metrics.held_out import Roc, interval, unknown_auroc, verify
 
 LABELS = np.arange(60) % 4
 
