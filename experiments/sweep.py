@@ -145,7 +145,7 @@ def main(config: Config) -> None:
     train_cells(config, cells, open_set, folder, devices, console)
     if not processes.is_main_process():
         return
-    rows = [cell.read(folder) for cell in cells]
+    rows = complete([cell.read(folder) for cell in cells])
     write_table(run.out / _TABLE, rows)
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
     run.write_summary(summary)
@@ -195,6 +195,12 @@ def train_cells(
         for cell in work(task, missing, stop=stop):
             last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
             bar.update(shown, advance=1, last=last)
+
+
+def complete(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows with the same columns, NaN where a cell of an earlier version lacks a measure."""
+    missing = dict.fromkeys((key for row in rows for key in row), float('nan'))
+    return [{**missing, **row} for row in rows]
 
 
 def summarize(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
