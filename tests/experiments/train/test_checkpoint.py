@@ -215,6 +215,20 @@ def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path
     assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 0
 
 
+@pytest.mark.slow
+def test_a_run_of_p_by_k_batches_that_goes_on_within_an_epoch_ends_as_if_it_had_not_stopped(tmp_path, capsys):
+    out, end = tmp_path / 'run', 2 * STEPS
+    flags = (*QUICK, '--images-per-class', 50, '--epochs', 2, '--save-every', 0, '--out', out)
+    assert run(*flags) == 0
+    shutil.copytree(out, tmp_path / 'whole')
+    for arm in ARMS:
+        shutil.rmtree(out / 'checkpoints' / arm / str(end))  # the save before is of the last step but one
+    (out / 'report.html').unlink()
+    assert run(*flags, '--resume') == 0
+    assert f'the center arm continues after 1 epochs and {STEPS - 1} steps' in capsys.readouterr().out
+    assert_same_ends(out, tmp_path / 'whole')
+
+
 def of_an_earlier_version(config: Path) -> None:
     """Removes a setting that an earlier version did not have."""
     settings = json.loads(config.read_text())
