@@ -173,7 +173,9 @@ class Trainer:
         start = time.perf_counter()
         state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
         process = jax.process_index(), jax.process_count()
-        batches = train_batches(known.train, settings.batch_size, cell.seed, *process)
+        batches = train_batches(
+            known.train, settings.batch_size, cell.seed, *process, images_per_class=settings.images_per_class
+        )
         steps = steps_of(known.train, settings.batch_size)
         weight = devices.place_state(np.float32(cell.center_weight))
         for _ in range(settings.epochs):

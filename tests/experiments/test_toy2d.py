@@ -147,6 +147,7 @@ def test_a_flag_without_its_value_does_not_pass_in_silence(tmp_path, capsys, fla
         ('--batch-size', '0'),
         ('--batch-size', '1439'),  # one more than there are train examples
         ('--image-size', '3'),
+        ('--images-per-class', '-1'),
         ('--feature-dim', '0'),
         ('--learning-rate', '0'),
         ('--learning-rate', 'nan'),
@@ -167,6 +168,21 @@ def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, data_
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert flag in error or value in error
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'each', 'named'),
+    [(32, 5, 'multiple of --images-per-class, got 32 and 5'), (88, 8, '11 classes a batch, but digits has only 10')],
+)
+def test_batches_of_p_by_k_that_cannot_be_are_one_line_that_names_both_flags(
+    tmp_path, data_dir, capsys, batch_size, each, named
+):
+    flags = ('--batch-size', batch_size, '--images-per-class', each)
+    assert run('--out', tmp_path / 'run', '--data-dir', data_dir, *flags) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ('--batch-size', '--images-per-class', named))
     assert not (tmp_path / 'run').exists()
 
 

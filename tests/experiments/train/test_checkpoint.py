@@ -195,6 +195,39 @@ def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path
     assert run(*QUICK, '--epochs', 1, '--out', out) == 0
 
 
+@pytest.mark.slow
+def test_a_run_of_p_by_k_batches_that_goes_on_within_an_epoch_ends_as_if_it_had_not_stopped(tmp_path, capsys):
+    out, end = tmp_path / 'run', 2 * STEPS
+    flags = (*QUICK, '--images-per-class', 50, '--epochs', 2, '--save-every', 0, '--out', out)
+    assert run(*flags) == 0
+    shutil.copytree(out, tmp_path / 'whole')
+    for arm in ARMS:
+        shutil.rmtree(out / 'checkpoints' / arm / str(end))  # the save before is of the last step but one
+    (out / 'report.html').unlink()
+    assert run(*flags, '--resume') == 0
+    assert f'the center arm continues after 1 epochs and {STEPS - 1} steps' in capsys.readouterr().out
+    assert_same_ends(out, tmp_path / 'whole')
+
+
+def of_an_earlier_version(config: Path) -> None:
+    """Removes a setting that an earlier version did not have."""
+    settings = json.loads(config.read_text())
+    del settings['images_per_class']
+    config.write_text(json.dumps(settings))
+
+
+def test_a_run_of_a_version_without_p_by_k_batches_goes_on_without_them(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    assert run(*QUICK, '--epochs', 1, '--out', out) == 0
+    of_an_earlier_version(out / 'config.json')
+    assert run(*QUICK, '--epochs', 1, '--out', out, '--resume') == 0
+    assert 'finished' in capsys.readouterr().out
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume', '--images-per-class', 50) == 2
+    assert '--resume: images-per-class is 50, but' in capsys.readouterr().err
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
+    assert_same_ends(out, whole)
+
+
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob('*')}
     assert run(*QUICK, '--epochs', 2, '--out', whole, '--resume') == 0
@@ -208,6 +241,7 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
         (('--alpha', 0.25), ('alpha', '0.25', '0.5')),
         (('--seed', 3), ('seed', '3', '0')),
         (('--batch-size', 250), ('batch-size', '250', '500')),
+        (('--images-per-class', 50), ('images-per-class', '50', '0')),
         (('--learning-rate', 0.5), ('learning-rate', '0.5', '0.003')),
         (('--model', 'lenets++'), ('small', 'lenets++', 'keep_network')),
         (('--feature-dim', 3), ('[10, 2]', '[10, 3]', 'keep_network')),
