@@ -12,19 +12,21 @@ from centerloss_jax._kernels import platform
 
 # Up to this many classes for each row an accelerator counts in arrays `[C]`. Beyond, it sorts the rows.
 CLASSES_PER_ROW = 256
-# The same limit on a CPU. Two arrays of so many classes are as large as a batch of 16 features.
+# A CPU sums rows of up to this many features in an array `[N, D]`, and wider ones in a loop over sorted rows.
+NARROW = 128
+# The limit on a CPU for such rows. Two arrays of so many classes are as large as a batch of 16 features.
 CLASSES_PER_ROW_ON_CPU = 8
 # Rows of one partial sum. A single float32 sum of 2**20 equal numbers is off by 1 %.
 ROWS_AT_A_TIME = 8192
 
 
-@functools.partial(jax.jit, static_argnames='num_classes')
-def class_sizes(index: Array, num_classes: int | None) -> Array:
+@functools.partial(jax.jit, static_argnames=('num_classes', 'num_features'))
+def class_sizes(index: Array, num_classes: int | None, num_features: int) -> Array:
     """Returns for each row how many rows share its index, n_j, int32 `[N]`; undefined for DROPPED.
 
     jnp.sum(index[:, None] == index, axis=1)
     """
-    return sizes_and_first(index, num_classes)[0]
+    return sizes_and_first(index, num_classes, num_features)[0]
 
 
 def split_large_batch(index: Array, num_classes: int) -> tuple[Array, int]:
@@ -39,17 +41,20 @@ def split_large_batch(index: Array, num_classes: int) -> tuple[Array, int]:
     return jnp.where(index == DROPPED, DROPPED, index + num_classes * part), parts
 
 
-def sizes_and_first(index: Array, num_classes: int | None) -> tuple[Array, Array]:
+def sizes_and_first(index: Array, num_classes: int | None, num_features: int) -> tuple[Array, Array]:
     """Returns for each row the number of rows with its index and the first of them, int32 `[N]`; not for DROPPED.
 
     On a CPU a step of few features takes longer where C passes 8 N, by one sort. It does not where C passes N.
     """
     in_arrays = functools.partial(_count_in_arrays, num_classes=num_classes)
-    if at_most(num_classes, CLASSES_PER_ROW_ON_CPU * index.size):
+    if at_most(num_classes, index.size):
         return in_arrays(index)
     by_sorting = functools.partial(_count_by_sorting, num_classes=num_classes)
+    few_on_cpu = at_most(num_classes, CLASSES_PER_ROW_ON_CPU * index.size) and at_most(num_features, NARROW)
     few = at_most(num_classes, CLASSES_PER_ROW * index.size)
-    return platform.by_platform(index, cpu=by_sorting, default=in_arrays if few else _count_by_sorting)
+    return platform.by_platform(
+        index, cpu=in_arrays if few_on_cpu else by_sorting, default=in_arrays if few else _count_by_sorting
+    )
 
 
 def _count_in_arrays(index: Array, num_classes: Any) -> tuple[Array, Array]:

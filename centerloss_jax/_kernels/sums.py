@@ -10,6 +10,7 @@ from jax import Array
 from centerloss_jax._inputs import DROPPED, at_most
 from centerloss_jax._kernels import platform
 from centerloss_jax._kernels.groups import (
+    NARROW,
     ROWS_AT_A_TIME,
     class_sizes,
     counts_by_class,
@@ -20,9 +21,6 @@ from centerloss_jax._kernels.groups import (
 )
 from centerloss_jax._kernels.platform import max_over_vmapped_axis
 from centerloss_jax._sharding import add_rows, take_rows, vary_as
-
-# A CPU sums rows of up to this many features in an array `[N, D]`, and wider ones in a loop over sorted rows.
-NARROW = 128
 
 
 @functools.partial(jax.jit, static_argnames='num_classes')
@@ -72,7 +70,7 @@ def add_class_sums(table: Array, index: Array, values: Array, scale: Array) -> A
         return add_rows(table, unique, sums.astype(table.dtype), unique=True)
 
     def wide(table, index, values, scale):
-        repeated = class_sizes(index, num_classes) > 1
+        repeated = class_sizes(index, num_classes, values.shape[1]) > 1
         table = _add_scaled_rows(table, jnp.where(repeated, DROPPED, index), values, scale, unique=True)
         return _add_repeated(table, index, values, scale, num_classes)[0]
 
@@ -117,7 +115,7 @@ def squared_norm_of_sums(index: Array, values: Array, scale: Array, norms: Array
         return jnp.sum(jnp.square(_sums_in_first_rows(index, values, scale, num_classes)[1]))
 
     def wide(index, values, scale, norms):
-        sizes = class_sizes(index, num_classes)
+        sizes = class_sizes(index, num_classes, values.shape[1])
         of_single_rows = jnp.sum(jnp.where((sizes == 1) & (index < DROPPED), norms, 0))
         scratch = jnp.zeros((1, values.shape[1]), values.dtype)
         return of_single_rows + _add_repeated(scratch, index, values, scale, num_classes)[1]
@@ -137,7 +135,7 @@ def _is_narrow(values: Array) -> bool:
 
 def _sums_in_first_rows(index: Array, values: Array, scale: Array, num_classes: int | None) -> tuple[Array, Array]:
     """Returns each class and its sum in the place of its first row, DROPPED and 0 elsewhere: `[N]` and `[N, D]`."""
-    sizes, first = sizes_and_first(index, num_classes)
+    sizes, first = sizes_and_first(index, num_classes, values.shape[1])
     row, valid = jnp.arange(index.size, dtype=jnp.int32), index < DROPPED
     unique, place = jnp.where(first == row, index, DROPPED), jnp.where(valid, first, DROPPED)
     zeros = jnp.zeros_like(values)
@@ -210,7 +208,7 @@ def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Arra
 def _add_repeated_at_once(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
     """Sums in an array of N/2 rows, since at most N/2 indices occur twice."""
     length = (index.size + 1) // 2
-    sizes, first = sizes_and_first(index, num_classes)
+    sizes, first = sizes_and_first(index, num_classes, values.shape[1])
     repeated = (sizes > 1) & (index < DROPPED)
     number = jnp.cumsum(repeated & (first == jnp.arange(index.size)), dtype=jnp.int32) - 1
     slot, scale = jax.lax.optimization_barrier((jnp.where(repeated, number[first], length), scale))
