@@ -20,7 +20,7 @@ from centerloss_jax._inputs import (
     compute_dtype,
     is_row,
 )
-from centerloss_jax._kernels import split_large_batch
+from centerloss_jax._kernels import sum_in_parts
 from centerloss_jax._sharding import on_auto_axes
 
 
@@ -174,13 +174,12 @@ def class_statistics(
 def _by_class(x: Array, index: Array, num_classes: int, axis_name: AxisName | None) -> ClassStatistics:
     index = index.reshape(-1)
     valid = is_row(index)
-    part_index, parts = split_large_batch(jnp.where(valid, index, DROPPED), num_classes)
+    row = jnp.where(valid, index, DROPPED)
     index = jnp.where(valid, index, 0)
     x = jnp.where(valid[:, None], x.reshape(-1, x.shape[-1]).astype(compute_dtype(x.dtype)), 0)
 
     def sums(values: Array) -> Array:
-        total = jax.ops.segment_sum(values, part_index, parts * num_classes)  # drops DROPPED
-        total = total.reshape(parts, num_classes, *values.shape[1:]).sum(axis=0)
+        total = sum_in_parts(partial(jax.ops.segment_sum, values), row, num_classes)  # drops DROPPED
         return total if axis_name is None else jax.lax.psum(total, axis_name)
 
     count = sums(jnp.ones_like(index))

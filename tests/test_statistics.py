@@ -171,7 +171,7 @@ def test_half_precision_accumulates_in_float32(dtype):
 
 
 @pytest.mark.parametrize('exponent', [16, 20, pytest.param(23, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('num_classes', [1, 3])
+@pytest.mark.parametrize('num_classes', [1, 3, 2**20])
 def test_sums_over_many_examples_of_one_class_keep_their_digits(exponent, num_classes):
     n = 2**exponent
     x = np.tile(np.array([[0.1], [0.3]], np.float32), (n // 2, 1))

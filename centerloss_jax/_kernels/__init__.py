@@ -10,7 +10,7 @@ would each be rounded. N rows are `values` `[N, D]` times `scale` `[N]`, so that
 the move of the centers share one array. `index` int32 `[N]` is a row of the table or DROPPED.
 """
 
-from centerloss_jax._kernels.groups import class_sizes, split_large_batch
+from centerloss_jax._kernels.groups import class_sizes, sum_in_parts
 from centerloss_jax._kernels.mean_square import mean_square, squared_norms
 from centerloss_jax._kernels.sums import add_class_sums, class_sums, squared_norm_of_sums, unique_sums
 
@@ -19,8 +19,8 @@ __all__ = [
     'class_sizes',
     'class_sums',
     'mean_square',
-    'split_large_batch',
     'squared_norm_of_sums',
     'squared_norms',
+    'sum_in_parts',
     'unique_sums',
 ]

@@ -1,6 +1,7 @@
 """Rows of one class: how many there are, which is the first, and the order that makes them neighbours."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,16 +30,23 @@ def class_sizes(index: Array, num_classes: int | None, num_features: int) -> Arr
     return sizes_and_first(index, num_classes, num_features)[0]
 
 
-def split_large_batch(index: Array, num_classes: int) -> tuple[Array, int]:
-    """Returns an index into several tables of C rows, one for each part of a large batch, and their number.
+def sum_in_parts(sum_by: Callable[[Array, int], Array], index: Array, num_classes: int) -> Array:
+    """Returns sum_by(index, num_classes), with the rows of a large class summed in parts that keep their digits.
 
-    The sum of the tables keeps digits that one sum of a million rows loses. Together they have at most N rows.
+    In a batch of N rows at most P = N / ROWS_AT_A_TIME classes are large. They have P rows each behind those of the C
+    classes, one for each part of the batch.
     """
-    if at_most(index.size, 2 * ROWS_AT_A_TIME) or not at_most(2 * num_classes, index.size):
-        return index, 1
-    parts = min(-(-index.size // ROWS_AT_A_TIME), index.size // num_classes)
-    part = jnp.arange(index.size, dtype=jnp.int32) // -(-index.size // parts)
-    return jnp.where(index == DROPPED, DROPPED, index + num_classes * part), parts
+    if not at_most(2 * ROWS_AT_A_TIME + 1, index.size):
+        return sum_by(index, num_classes)
+    parts = -(-index.size // ROWS_AT_A_TIME)
+    part = jnp.arange(index.size, dtype=jnp.int32) // ROWS_AT_A_TIME
+    large = counts_by_class(index, num_classes) > ROWS_AT_A_TIME
+    number = jnp.where(large, jnp.cumsum(large, dtype=jnp.int32) - 1, parts)
+    classes = jnp.full(parts, DROPPED, jnp.int32).at[number].set(jnp.arange(num_classes, dtype=jnp.int32), mode='drop')
+    number = number.at[index].get(mode='fill', fill_value=parts)
+    sums = sum_by(jnp.where(number < parts, num_classes + parts * number + part, index), num_classes + parts**2)
+    totals = sums[num_classes:].reshape(parts, parts, *sums.shape[1:]).sum(axis=1, dtype=sums.dtype)
+    return sums[:num_classes].at[classes].set(totals, mode='drop')
 
 
 def sizes_and_first(index: Array, num_classes: int | None, num_features: int) -> tuple[Array, Array]:
@@ -83,7 +91,7 @@ def sorted_groups(index: Array, num_classes: int | None = None) -> tuple[Array, 
     quarter of the time of two.
     """
     size = index.size
-    if at_most(1, size) and at_most(num_classes, 2**32 // size - 1):
+    if num_classes is not None and at_most(1, size) and at_most(num_classes, 2**32 // size - 1):
         key = jnp.minimum(index, num_classes).astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32)
         key = jnp.sort(key)
         order, index = (key % size).astype(jnp.int32), (key // size).astype(jnp.int32)

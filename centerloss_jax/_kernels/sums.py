@@ -17,7 +17,7 @@ from centerloss_jax._kernels.groups import (
     group_sizes,
     sizes_and_first,
     sorted_groups,
-    split_large_batch,
+    sum_in_parts,
 )
 from centerloss_jax._kernels.platform import max_over_vmapped_axis
 from centerloss_jax._sharding import add_rows, take_rows, vary_as
@@ -37,11 +37,12 @@ def class_sums(index: Array, values: Array, scale: Array, num_classes: int) -> t
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _class_sums(index: Array, values: Array, scale: Array, num_classes: int) -> Array:
-    index, parts = split_large_batch(index, num_classes)
-    zeros = jnp.zeros((parts * num_classes, values.shape[1]), values.dtype)
-    # Else XLA merges the later addition to a table of one class into this sum, and rounds at each row.
-    sums = jax.lax.optimization_barrier(_add_scaled_rows(zeros, index, values, scale, unique=False))
-    return sums if parts == 1 else sums.reshape(parts, num_classes, -1).sum(axis=0)
+    def sum_by(index, num_rows):
+        zeros = jnp.zeros((num_rows, values.shape[1]), values.dtype)
+        # Else XLA merges the later addition to a table of one class into this sum, and rounds at each row.
+        return jax.lax.optimization_barrier(_add_scaled_rows(zeros, index, values, scale, unique=False))
+
+    return sum_in_parts(sum_by, index, num_classes)
 
 
 @_class_sums.defjvp
@@ -135,20 +136,10 @@ def _is_narrow(values: Array) -> bool:
 
 def _sums_in_first_rows(index: Array, values: Array, scale: Array, num_classes: int | None) -> tuple[Array, Array]:
     """Returns each class and its sum in the place of its first row, DROPPED and 0 elsewhere: `[N]` and `[N, D]`."""
-    sizes, first = sizes_and_first(index, num_classes, values.shape[1])
-    row, valid = jnp.arange(index.size, dtype=jnp.int32), index < DROPPED
-    unique, place = jnp.where(first == row, index, DROPPED), jnp.where(valid, first, DROPPED)
-    zeros = jnp.zeros_like(values)
-    if at_most(index.size, 2 * ROWS_AT_A_TIME):
-        return unique, _add_scaled_rows(zeros, place, values, scale, unique=False)
-    # A class of many rows is summed in parts, each in the place of its own first row. There are at most P such classes.
-    num_parts, part, large = -(-index.size // ROWS_AT_A_TIME), row // ROWS_AT_A_TIME, valid & (sizes > ROWS_AT_A_TIME)
-    number = jnp.where(large, jnp.cumsum(large & (first == row), dtype=jnp.int32)[first] - 1, DROPPED)
-    places = jnp.full((num_parts, num_parts), DROPPED, jnp.int32).at[number, part].min(row, mode='drop')
-    place = jnp.where(large, places.at[number, part].get(mode='clip'), place)
-    sums = _add_scaled_rows(zeros, place, values, scale, unique=False)
-    totals = sums.at[places].get(mode='fill', fill_value=0).sum(axis=1)
-    return unique, sums.at[places].set(0, mode='drop').at[places.min(axis=1)].set(totals, mode='drop')
+    _, first = sizes_and_first(index, num_classes, values.shape[1])
+    first = jnp.where(index < DROPPED, first, DROPPED)
+    unique = jnp.where(first == jnp.arange(index.size), index, DROPPED)
+    return unique, _class_sums(first, values, scale, index.size)
 
 
 def _add_scaled_rows(table: Array, index: Array, values: Array, scale: Array, unique: bool) -> Array:
@@ -211,7 +202,7 @@ def _add_repeated_at_once(table: Array, index: Array, values: Array, scale: Arra
     sizes, first = sizes_and_first(index, num_classes, values.shape[1])
     repeated = (sizes > 1) & (index < DROPPED)
     number = jnp.cumsum(repeated & (first == jnp.arange(index.size)), dtype=jnp.int32) - 1
-    slot, scale = jax.lax.optimization_barrier((jnp.where(repeated, number[first], length), scale))
+    slot = jnp.where(repeated, number[first], DROPPED)
     unique = jnp.full(length, DROPPED, index.dtype).at[slot].set(index, mode='drop')
-    sums = jnp.zeros((length, values.shape[1]), values.dtype).at[slot].add(scale[:, None] * values, mode='drop')
+    sums = _class_sums(slot, values, scale, length)
     return add_rows(table, unique, sums.astype(table.dtype), unique=True), jnp.sum(jnp.square(sums))
