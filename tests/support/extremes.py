@@ -76,8 +76,7 @@ class Results(NamedTuple):
     loss: Any
     for_x: Any  # gradients of the loss
     for_centers: Any
-    indices: Any  # rows
-    values: Any
+    values: Any  # of the rows
     moved: Any  # centers after a step
     dropped: Any
     step_norm: Any
@@ -93,22 +92,24 @@ def _results(x, centers, labels, options, alpha):
     def loss_fn(x, centers):
         return clj.center_loss_and_rows(x, centers, labels, **options)
 
-    (loss, rows), gradients = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(x, centers)
+    (loss, rows), (for_x, for_centers) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(x, centers)
     moved, state = move(centers, rows, alpha)
     statistics = clj.class_statistics(x, labels, len(centers), where=options['where'])
+    nearest, distance = clj.nearest_center(x, centers, block_size=4)
     return Results(
-        clj.center_loss(x, centers, labels, reduce_fn=None, **options),
-        loss,
-        *gradients,
-        rows.indices,
-        rows.values,
-        moved,
-        state.dropped,
-        state.step_norm,
-        statistics,
-        statistics.intra,
-        statistics.inter,
-        *clj.nearest_center(x, centers, block_size=4),
+        per_example=clj.center_loss(x, centers, labels, reduce_fn=None, **options),
+        loss=loss,
+        for_x=for_x,
+        for_centers=for_centers,
+        values=rows.values,
+        moved=moved,
+        dropped=state.dropped,
+        step_norm=state.step_norm,
+        statistics=statistics,
+        intra=statistics.intra,
+        inter=statistics.inter,
+        nearest=nearest,
+        distance=distance,
     )
 
 
