@@ -4,17 +4,18 @@ Labels, and the indices of rows, are compared with 0 and with the number of rows
 int32 after that. JAX without x64 folds the NumPy label 2**32 + 3 to 3, and `jnp.where(y < 0, 1000, y)` on int8 is -24.
 """
 
+import operator
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from jax import Array
+from jax import Array, export
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 HostOrDevice = np.ndarray | Array
 ReduceFn = Callable[[Array], Array]
@@ -36,9 +37,9 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
       num_classes: number of classes C; the valid labels are 0 to C - 1.
 
     Raises:
-      TypeError: if labels are not integers.
+      TypeError: if labels are not integers, or are traced.
       ValueError: if a label is `num_classes` or more; the message gives the first one and its place. If num_classes is
-        below 1.
+        no integer of at least 1.
 
     Example:
       >>> import centerloss_jax as clj
@@ -48,7 +49,9 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
       ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2; negative ones leave an example out
     """
     check_num_classes(num_classes)
-    labels = np.asarray(jax.device_get(_as_integers(labels)))
+    labels = _as_integers(labels)
+    check_not_traced(labels, 'labels', 'check_labels')
+    labels = np.asarray(jax.device_get(labels))
     _raise_on_mistakes(labels, np.asarray(row_index(labels, num_classes)) == DROPPED, num_classes)
 
 
@@ -90,12 +93,27 @@ def at_most(number: Any, limit: Any) -> bool:
 
 
 def check_num_classes(num_classes: int) -> None:
-    if num_classes < 1:
-        raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+    check_size(num_classes, 'num_classes')
+    if at_most(DROPPED, num_classes):
+        raise ValueError(f'num_classes must be less than {DROPPED}, got {num_classes}')
+
+
+def check_size(size: Any, name: str) -> None:
+    try:
+        positive = export.is_symbolic_dim(size) or operator.index(size) >= 1
+    except TypeError:
+        positive = False
+    if not positive:
+        raise ValueError(f'{name} must be an integer of at least 1, got {size!r}')
+
+
+def check_not_traced(a: Any, name: str, function: str) -> None:
+    if isinstance(a, Tracer):
+        raise TypeError(f'{function} reads the values of {name}, but they are traced: call it outside of jax.jit')
 
 
 def check_table(centers: ArrayLike, name: str = 'centers') -> Array:
-    centers = _check_floating(centers, name)
+    centers = check_floating(centers, name)
     if centers.ndim != 2 or 0 in centers.shape:
         raise ValueError(f'{name} must have shape [C, D] with C and D at least 1, got {list(centers.shape)}')
     if at_most(DROPPED, centers.shape[0]):
@@ -104,7 +122,7 @@ def check_table(centers: ArrayLike, name: str = 'centers') -> Array:
 
 
 def check_features(x: ArrayLike, num_features: int | None = None) -> Array:
-    x = _check_floating(x, 'x')
+    x = check_floating(x, 'x')
     if x.ndim < 1 or x.shape[-1] == 0 or (num_features is not None and x.shape[-1] != num_features):
         expected = 'D at least 1' if num_features is None else f'D={num_features} as the centers have'
         raise ValueError(f'x must have shape [..., D] with {expected}, got {list(x.shape)}')
@@ -113,14 +131,12 @@ def check_features(x: ArrayLike, num_features: int | None = None) -> Array:
 
 def check_weights(weights: ArrayLike, x: Array) -> Array:
     """Returns weights that broadcast against x: `[..., 1]` or x.shape."""
-    weights, by_example = jnp.asarray(weights), x.shape[:-1]
-    if weights.shape not in (by_example, x.shape):
-        raise ValueError(
-            f'weights must have shape {by_example}, as the labels, or {x.shape}, as x, got {weights.shape}'
-        )
-    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise TypeError(f'weights must be real numbers, got {type_name(weights)}')
-    return weights if weights.shape == x.shape else weights[..., None]
+    array, by_example = as_array(weights, 'weights', 'real numbers'), x.shape[:-1]
+    if array.shape not in (by_example, x.shape):
+        raise ValueError(f'weights must have shape {by_example}, as the labels, or {x.shape}, as x, got {array.shape}')
+    if not jnp.isrealobj(array) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        raise TypeError(f'weights must be real numbers, got {type_name(array)}')
+    return array if array.shape == x.shape else array[..., None]
 
 
 def check_reduction(reduce_fn: ReduceFn | None, axis_name: AxisName | None) -> None:
@@ -148,10 +164,20 @@ def check_axis_name(axis_name: AxisName | None) -> None:
 def check_alpha(alpha: Any) -> None:
     if callable(alpha):
         return
-    if alpha is None or isinstance(alpha, str) or np.ndim(alpha) != 0:
+    if not _is_real_number(alpha):
         raise TypeError(f'alpha must be a number in [0, 1] or an optax schedule, got {alpha!r}')
     if not isinstance(alpha, Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
+
+
+def alpha_at(alpha: Any, count: Array) -> Any:
+    """Returns the alpha of a step, from the schedule where it is one."""
+    if not callable(alpha):
+        return alpha
+    value = alpha(count)
+    if not _is_real_number(value):
+        raise TypeError(f'alpha must be a schedule that returns a number, got {value!r}')
+    return value
 
 
 def is_row(index: Array) -> Array:
@@ -172,15 +198,15 @@ def type_name(a: HostOrDevice) -> str:
 
 def _as_integers(labels: ArrayLike | Sequence) -> HostOrDevice:
     """Checks the dtype. NumPy and Python labels stay NumPy's, since JAX without x64 would fold them to 32 bits."""
-    if isinstance(labels, (list, tuple)) and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(labels)):
-        labels = jnp.asarray(labels)
-    if not isinstance(labels, jax.Array):
-        labels = np.asarray(labels, dtype=np.int32 if np.size(labels) == 0 and isinstance(labels, list) else None)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        hint = 'cast them with labels.astype(int)' if labels.ndim < 2 else 'for one-hot labels pass labels.argmax(-1)'
-        hint = 'a mask is passed as where=' if labels.dtype == bool else hint
-        raise TypeError(f'labels must be integers, got {type_name(labels)}; {hint}')
-    return labels
+    traced = isinstance(labels, (list, tuple)) and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(labels))
+    array = as_array(labels, 'labels', 'integers', jnp if traced or isinstance(labels, jax.Array) else np)
+    if isinstance(labels, list) and array.size == 0:
+        array = array.astype(np.int32)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        hint = 'cast them with labels.astype(int)' if array.ndim < 2 else 'for one-hot labels pass labels.argmax(-1)'
+        hint = 'a mask is passed as where=' if array.dtype == bool else hint
+        raise TypeError(f'labels must be integers, got {type_name(array)}; {hint}')
+    return array
 
 
 def _raise_on_mistakes(labels: HostOrDevice, mistakes: np.ndarray, num_classes: int) -> None:
@@ -195,7 +221,7 @@ def _raise_on_mistakes(labels: HostOrDevice, mistakes: np.ndarray, num_classes: 
 
 
 def _check_where(where: ArrayLike, shape: tuple[int, ...]) -> HostOrDevice:
-    mask = where if isinstance(where, jax.Array) else np.asarray(where)
+    mask = where if isinstance(where, jax.Array) else as_array(where, 'where', 'boolean', np)
     if mask.dtype != bool:
         raise TypeError(f'where must be boolean, got {type_name(mask)}')
     if mask.shape != shape:
@@ -203,23 +229,45 @@ def _check_where(where: ArrayLike, shape: tuple[int, ...]) -> HostOrDevice:
     return mask
 
 
-def _check_floating(a: ArrayLike, name: str) -> Array:
-    try:
-        array = jnp.asarray(a)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f'{name} must be a floating point array, got {type(a).__name__}: {error}') from None
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f'{name} must be floating point, got {type_name(array)}; cast it with {name}.astype(...)')
-    if array.dtype.itemsize < 2:
-        raise TypeError(f'{name} must be float16 or wider, got {type_name(array)}; cast it with {name}.astype(...)')
+def check_floating(a: ArrayLike, name: str) -> Array:
+    array = as_array(a, name, 'a floating point array')
+    check_floating_dtype(array, name)
     return array
 
 
-def check_initial_centers(centers: Any, num_classes: int, num_features: int) -> Any:
-    shape = jnp.shape(meta.unbox(centers))
-    if shape != (num_classes, num_features):
-        raise ValueError(f'centers_init must return centers [{num_classes}, {num_features}], got {list(shape)}')
+def check_floating_dtype(array: Any, name: str) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f'{name} must be floating point, got {type_name(array)}; cast with .astype(...)')
+    if array.dtype.itemsize < 2:
+        raise TypeError(f'{name} must be float16 or wider, got {type_name(array)}; cast with .astype(...)')
+
+
+def as_array(a: Any, name: str, kind: str, xp: Any = jnp) -> Any:
+    """Returns `a` as an array of JAX or of NumPy."""
+    try:
+        return xp.asarray(a)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f'{name} must be {kind}, got {type(a).__name__} that is no array') from error
+
+
+def initial_centers(centers_init: Any, key: Array, num_classes: int, num_features: int, dtype: DTypeLike) -> Any:
+    """Returns the centers that an initializer makes, in the box that it may put them in."""
+    check_num_classes(num_classes)
+    check_size(num_features, 'num_features')
+    if not callable(centers_init):
+        raise TypeError(f'centers_init must be an initializer (key, shape, dtype) -> centers, got {centers_init!r}')
+    centers = centers_init(key, (num_classes, num_features), dtype)
+    table = meta.unbox(centers)
+    if np.shape(table) != (num_classes, num_features):
+        shape = list(np.shape(table))
+        raise ValueError(f'centers_init must return centers [{num_classes}, {num_features}], got {shape}')
+    check_floating_dtype(table, 'the centers of centers_init')
     return centers
+
+
+def _is_real_number(a: Any) -> bool:
+    numbers: Any = (Real, np.ndarray, jax.Array)
+    return isinstance(a, numbers) and np.ndim(a) == 0 and np.isrealobj(a)
 
 
 def _is_concrete(a: HostOrDevice) -> bool:

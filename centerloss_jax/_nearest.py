@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from centerloss_jax._inputs import IGNORED, check_features, check_table, compute_dtype
+from centerloss_jax._inputs import IGNORED, check_features, check_size, check_table, compute_dtype
 from centerloss_jax._sharding import num_shards, on_auto_axes, take_rows, vary_as
 
 # Candidates that an example measures in a block before it is set aside.
@@ -76,8 +76,7 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int | np.int
     """
     centers = check_table(centers)
     x = check_features(x, centers.shape[1])
-    if not isinstance(block_size, (int, np.integer)) or block_size < 1:
-        raise ValueError(f'block_size must be an integer of at least 1, got {block_size!r}')
+    check_size(block_size, 'block_size')
     spec = jax.typeof(x).sharding.spec
     search = partial(_nearest, block_size=int(block_size), shards=num_shards(centers))
     return on_auto_axes(search, x, centers, spec=P(*spec[:-1]))

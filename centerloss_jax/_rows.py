@@ -8,7 +8,16 @@ import numpy as np
 from jax import Array, export
 from jax.typing import ArrayLike
 
-from centerloss_jax._inputs import DROPPED, IGNORED, check_table, compute_dtype, row_index, type_name
+from centerloss_jax._inputs import (
+    DROPPED,
+    IGNORED,
+    as_array,
+    check_floating,
+    check_table,
+    compute_dtype,
+    row_index,
+    type_name,
+)
 from centerloss_jax._kernels import add_class_sums, unique_sums
 from centerloss_jax._sharding import add_rows, replicate, set_rows, take_rows
 
@@ -160,6 +169,8 @@ def resolve(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array,
     The index is int32 `[N]`: a row of the table, IGNORED, or DROPPED where it is beyond the table or arithmetic has
     changed the rows.
     """
+    if table is not None and table.ndim != 2:
+        raise ValueError(f'the table of the rows must have shape [C, D], got {list(table.shape)}')
     index, values, scale = _resolve_stacked(rows, DROPPED if table is None else table.shape[0])
     if index.ndim != 1:
         raise ValueError(
@@ -176,8 +187,10 @@ def _resolve_stacked(rows: RowUpdates, num_rows: int) -> tuple[Array, Array, Arr
     if not isinstance(rows, RowUpdates):
         raise TypeError(f'expected RowUpdates, as center_rows returns, got {type(rows).__name__}')
     # A NumPy index is compared before JAX without x64 folds it to 32 bits.
-    indices = rows.indices if isinstance(rows.indices, np.ndarray) else jnp.asarray(rows.indices)
-    values, guard, float_guard = (jnp.asarray(a) for a in (rows._values, rows._guard, rows._float_guard))
+    host = isinstance(rows.indices, np.ndarray)
+    indices = as_array(rows.indices, 'the indices of RowUpdates', 'integers', np if host else jnp)
+    values = check_floating(rows._values, 'the values of RowUpdates')
+    guard, float_guard = jnp.asarray(rows._guard), jnp.asarray(rows._float_guard)
     integers = jnp.issubdtype(indices.dtype, jnp.integer) and jnp.issubdtype(guard.dtype, jnp.integer)
     if not integers or float_guard.dtype != FLOAT_GUARD.dtype:
         raise TypeError(
@@ -190,8 +203,6 @@ def _resolve_stacked(rows: RowUpdates, num_rows: int) -> tuple[Array, Array, Arr
         raise ValueError(
             f'RowUpdates must have indices [N] and values [N, D], got {list(indices.shape)} and {list(values.shape)}'
         )
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(f'the values of RowUpdates must be floating point, got {type_name(values)}')
     first, second = FLOAT_GUARD[0]
     floats_unchanged = (float_guard[..., 0] == first) & (float_guard[..., 1] == second)
     unchanged = (guard == GUARD[0]).all(-1) & floats_unchanged.all(-1)

@@ -86,6 +86,7 @@ class ClassStatistics:
           ClassStatistics of all examples.
 
         Raises:
+          TypeError: if other is no ClassStatistics.
           ValueError: if the numbers of classes or features differ.
 
         Example:
@@ -99,6 +100,8 @@ class ClassStatistics:
         References:
           Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
         """
+        if not isinstance(other, ClassStatistics):
+            raise TypeError(f'other must be ClassStatistics, got {type(other).__name__}')
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f'other must have the means of as many classes and features, {list(self.mean.shape)}, '

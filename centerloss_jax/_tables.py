@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from centerloss_jax._inputs import check_table
+from centerloss_jax._inputs import as_array, check_floating_dtype, check_not_traced, check_table
 
 # Numbers of a replica that are mixed into a checksum at a time.
 BLOCK = 2**16
@@ -37,7 +36,7 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
       `[C', D]` with that sharding, C' the least multiple of the number of shards that is at least C.
 
     Raises:
-      TypeError: if centers are not floating point.
+      TypeError: if centers are not floating point or are traced, or sharding is no NamedSharding.
       ValueError: if centers do not have two dimensions.
 
     Example:
@@ -49,7 +48,14 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
       >>> table.shape[0] >= 10, clj.unshard_centers(table, num_classes=10).shape
       (True, (10, 2))
     """
-    rows = np.asarray(jax.device_get(centers))
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            "sharding must be a NamedSharding, such as NamedSharding(mesh, PartitionSpec('classes', None)), "
+            f'got {type(sharding).__name__}'
+        )
+    check_not_traced(centers, 'centers', 'shard_centers')
+    rows = as_array(jax.device_get(centers), 'centers', 'a floating point array', np)
+    check_floating_dtype(rows, 'centers')
     rows = rows.astype(jax.eval_shape(check_table, rows).dtype, copy=False)  # checked without a copy on a device
     names = sharding.spec[0] if len(sharding.spec) else None
     names = (names,) if isinstance(names, str) else names or ()
@@ -78,7 +84,8 @@ def unshard_centers(table: ArrayLike, num_classes: int | None = None) -> np.ndar
       `[C, D]`, a NumPy array of the table's dtype. `shard_centers` lays it out again.
 
     Raises:
-      ValueError: if the table has centers of more than num_classes classes, or of fewer.
+      TypeError: if the table is not floating point, or is traced.
+      ValueError: if the table does not have two dimensions, or has centers of another number of classes.
 
     Example:
       >>> import centerloss_jax as clj
@@ -86,13 +93,18 @@ def unshard_centers(table: ArrayLike, num_classes: int | None = None) -> np.ndar
       >>> clj.unshard_centers(jnp.zeros((10, 2)), num_classes=10).shape
       (10, 2)
     """
+    check_not_traced(table, 'table', 'unshard_centers')
     local = not isinstance(table, Array) or table.is_fully_addressable or table.is_fully_replicated
-    rows = np.asarray(jax.device_get(table) if local else multihost_utils.process_allgather(table, tiled=True))
+    rows = jax.device_get(table) if local else multihost_utils.process_allgather(table, tiled=True)
+    rows = as_array(rows, 'table', 'a floating point array', np)
+    check_floating_dtype(rows, 'table')
+    if rows.ndim != 2:
+        raise ValueError(f'table must have shape [C, D], got {list(rows.shape)}')
     classes = len(rows)
     while classes and np.isposinf(rows[classes - 1]).all():  # padding is at the end
         classes -= 1
     if num_classes not in (None, classes):
-        raise ValueError(f'num_classes is {num_classes}, but the table has the centers of {classes} classes')
+        raise ValueError(f'num_classes is {num_classes!r}, but the table has the centers of {classes} classes')
     return rows[:classes]
 
 
@@ -109,6 +121,7 @@ def check_replicas(tree: Any, *, stacked: bool = False) -> None:
       stacked: whether the first axis of every array is the axis of the devices, as `jax.pmap` returns arrays.
 
     Raises:
+      TypeError: if a leaf is no array or is traced.
       ValueError: if replicas differ. The message names the first such array and the replicas that differ.
 
     Example:
@@ -121,9 +134,8 @@ def check_replicas(tree: Any, *, stacked: bool = False) -> None:
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path) or 'tree'
-        if isinstance(leaf, Tracer):
-            raise TypeError(f'check_replicas reads values, but {name} is traced: call it outside of jax.jit')
-        leaf = jnp.asarray(leaf)
+        check_not_traced(leaf, name, 'check_replicas')
+        leaf = as_array(leaf, name, 'numbers')
         if stacked and (not leaf.ndim or not len(leaf)):
             raise ValueError(f'stacked=True asks for a first axis of devices, but {name} has shape {list(leaf.shape)}')
         shards = ['all'] * len(leaf) if stacked else _shard_of_each_device(leaf)

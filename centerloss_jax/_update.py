@@ -7,9 +7,18 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 from jax import Array, export
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from centerloss_jax._inputs import DROPPED, IGNORED, AxisName, at_most, check_alpha, check_axis_name, type_name
+from centerloss_jax._inputs import (
+    DROPPED,
+    IGNORED,
+    AxisName,
+    alpha_at,
+    at_most,
+    check_alpha,
+    check_axis_name,
+    type_name,
+)
 from centerloss_jax._kernels import class_sizes, class_sums, squared_norm_of_sums, squared_norms
 from centerloss_jax._rows import RowUpdates, resolve, resolve_for_scatter
 from centerloss_jax._sharding import gather_devices, replicate
@@ -72,8 +81,8 @@ def center_update(
 
     Raises:
       ValueError: if alpha is a number outside [0, 1].
-      TypeError: if alpha is no number and no schedule; from `update`, if it is given anything but RowUpdates, or rows
-        that were averaged or scaled.
+      TypeError: if alpha is no number and no schedule, or mesh no mesh; from `update`, if a schedule returns no number,
+        if it is given anything but RowUpdates, or rows that were averaged or scaled.
       NameError: from `update`, if axis_name is not an axis that surrounds the call.
 
     Example:
@@ -91,6 +100,8 @@ def center_update(
       Wen et al., ECCV 2016, Eq. 4.
     """
     check_alpha(alpha)
+    if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise TypeError(f'mesh must be a jax.sharding.Mesh, got {mesh!r}')
 
     def init(params: optax.Params) -> CenterUpdateState:
         del params
@@ -100,7 +111,7 @@ def center_update(
         check_axis_name(axis_name)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, RowUpdates))
         _check_rows(leaves)
-        alpha_now = alpha(state.count) if callable(alpha) else alpha
+        alpha_now = alpha_at(alpha, state.count)
         boxes = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
         tables = meta.unbox(boxes)  # a table may be boxed with the names of its axes, as by nn.with_partitioning
         moves = [_move(rows, table, alpha_now, axis_name, mesh) for rows, table in zip(leaves, tables, strict=True)]

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from centerloss_jax._inputs import AxisName, ReduceFn, check_initial_centers, check_num_classes
+from centerloss_jax._inputs import AxisName, ReduceFn, check_features, initial_centers
 from centerloss_jax._loss import center_loss_and_rows
 from centerloss_jax._rows import RowUpdates
 
@@ -35,8 +35,10 @@ class CenterLoss(nn.Module):
       From the call, `(loss, rows)`: the loss, and RowUpdates for the optimizer.
 
     Raises:
-      TypeError: from the call, for a wrong dtype. See `centerloss_jax.center_loss`.
-      ValueError: from the call, for a wrong shape or a label of C or more.
+      TypeError: from the call, for a wrong dtype. See `centerloss_jax.center_loss`. At initialization, if centers_init
+        is no function or its centers are not floating point.
+      ValueError: from the call, for a wrong shape or a label of C or more. At initialization, if num_classes is no
+        integer of at least 1 or centers_init returns another shape.
 
     Example:
       >>> import centerloss_jax as clj
@@ -70,13 +72,12 @@ class CenterLoss(nn.Module):
         axis_name: AxisName | None = None,
     ) -> tuple[Array, RowUpdates]:
         """Returns `center_loss_and_rows` for the centers `[C, D]` of the module."""
-        centers = self.variable('centers', 'centers', self._init_centers, jnp.shape(x)[-1])
+        x = check_features(x)
+        centers = self.variable('centers', 'centers', self._init_centers, x.shape[-1])
         return center_loss_and_rows(
             x, centers.value, labels, where=where, weights=weights, reduce_fn=reduce_fn, axis_name=axis_name
         )
 
     def _init_centers(self, num_features: int) -> Any:
-        check_num_classes(self.num_classes)
-        centers_init = self.centers_init or nn.initializers.zeros
-        centers = centers_init(self.make_rng('params'), (self.num_classes, num_features), self.dtype)
-        return check_initial_centers(centers, self.num_classes, num_features)
+        centers_init = nn.initializers.zeros if self.centers_init is None else self.centers_init
+        return initial_centers(centers_init, self.make_rng('params'), self.num_classes, num_features, self.dtype)

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from centerloss_jax._inputs import AxisName, ReduceFn, check_initial_centers
+from centerloss_jax._inputs import AxisName, ReduceFn, initial_centers
 from centerloss_jax._loss import center_loss_and_rows
 from centerloss_jax._rows import RowUpdates
 
@@ -55,8 +55,10 @@ class CenterLoss(nnx.Module):
       From the call, `(loss, rows)`: the loss, and RowUpdates for the optimizer.
 
     Raises:
-      TypeError: from the call, for a wrong dtype. See `centerloss_jax.center_loss`.
-      ValueError: if num_classes or num_features is below 1; from the call, for a wrong shape or a label of C or more.
+      TypeError: if rngs are no nnx.Rngs, centers_init is no function or its centers are not floating point; from the
+        call, for a wrong dtype. See `centerloss_jax.center_loss`.
+      ValueError: if num_classes or num_features is no integer of at least 1, or centers_init returns another shape;
+        from the call, for a wrong shape or a label of C or more.
 
     Example:
       >>> import centerloss_jax as clj
@@ -80,10 +82,9 @@ class CenterLoss(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if num_classes < 1 or num_features < 1:
-            raise ValueError(f'num_classes and num_features must be at least 1, got {num_classes} and {num_features}')
-        centers = centers_init(rngs.params(), (num_classes, num_features), dtype)
-        self.centers = Centers(check_initial_centers(centers, num_classes, num_features))
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f'rngs must be nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}')
+        self.centers = Centers(initial_centers(centers_init, rngs.params(), num_classes, num_features, dtype))
 
     def __call__(
         self,

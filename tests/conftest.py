@@ -19,8 +19,10 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 # The tests run each program a few times: LLVM's optimizations would cost more than they save. tests/compiled has them.
 jax.config.update('jax_disable_most_optimizations', True)
 
-# Few examples, since a new shape is a compilation. Derandomized, so that everybody sees the same failure.
+# Few examples, since a new shape is a compilation. Derandomized, so that everybody sees the same failure. `.ci/nightly`
+# takes the other profile.
 hypothesis.settings.register_profile('suite', max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile('nightly', max_examples=1000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile('suite')
 
 

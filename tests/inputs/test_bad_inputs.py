@@ -1,0 +1,291 @@
+"""A table of bad inputs for every public name: outside of jit and inside, one line names the argument."""
+
+import operator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import P
+from jax.sharding import AxisType, NamedSharding
+
+import centerloss_jax as clj
+
+X, C, LABELS = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32), np.array([0, 2, 1, 0])
+ROWS = clj.RowUpdates(jnp.array([1, 0]), jnp.ones((2, 2)))
+NARROW, KEYS = np.ones((3, 2), jnp.float8_e4m3fn), jax.random.split(jax.random.key(0), 4)
+RAGGED: Any = [[0], [1, 2], [1], [2]]
+NONE: Any = None
+TWO: Any = [ROWS, ROWS]
+MESH = jax.make_mesh((8,), ('classes',), axis_types=(AxisType.Auto,))
+BY_ROWS = NamedSharding(MESH, P('classes', None))
+
+
+def loss(x: Any = X, centers: Any = C, labels: Any = LABELS, function: Any = clj.center_loss, **options):
+    return partial(lambda *arrays, **options: function(*arrays, **options), x, centers, labels, **options)
+
+
+rows, both = partial(loss, function=clj.center_rows), partial(loss, function=clj.center_loss_and_rows)
+
+
+def statistics(x: Any = X, labels: Any = LABELS, num_classes: Any = 3, **options):
+    return partial(clj.class_statistics, x, labels, num_classes, **options)
+
+
+def nearest(x: Any = X, centers: Any = C, **options):
+    return partial(clj.nearest_center, x, centers, **options)
+
+
+def move(updates: Any = ROWS, params: Any = C, alpha: Any = 0.5, **options):
+    def call():
+        transform: Any = clj.center_update(alpha, **options)
+        return transform.update(updates, transform.init(params), params)
+
+    return call
+
+
+def model_step(optimizer: Any = None, alpha: Any = 0.5, grads: Any = None, **options):
+    def call():
+        transform: Any = clj.with_centers(optax.sgd(0.1) if optimizer is None else optimizer, alpha, **options)
+        model = {'params': jnp.ones(2), 'centers': jnp.asarray(C)}
+        return transform.update(grads or {'params': jnp.ones(2), 'centers': ROWS}, transform.init(model), model)
+
+    return call
+
+
+def add(indices: Any = (0, 1), values: Any = None, table: Any = C):
+    values = np.ones((2, 2), np.float32) if values is None else values
+    return lambda: operator.add(table, clj.RowUpdates(np.array(indices), values))
+
+
+def linen(num_classes: Any = 3, x: Any = X, labels: Any = LABELS, **options):
+    return lambda: clj.linen.CenterLoss(num_classes, **options).init(jax.random.key(0), x, labels)
+
+
+def of_nnx(num_classes: Any = 3, num_features: Any = 2, x: Any = X, **options):
+    return lambda: clj.nnx.CenterLoss(num_classes, num_features, **{'rngs': nnx.Rngs(0), **options})(x, LABELS)
+
+
+def check_labels(labels: Any = LABELS, num_classes: Any = 3):
+    return partial(clj.check_labels, labels, num_classes)
+
+
+def shard(centers: Any = C, sharding: Any = BY_ROWS):
+    return partial(clj.shard_centers, centers, sharding)
+
+
+def unshard(table: Any = C, num_classes: Any = None):
+    return partial(clj.unshard_centers, table, num_classes)
+
+
+def replicas(tree: Any, stacked=False):
+    return partial(clj.check_replicas, tree, stacked=stacked)
+
+
+def merged(other: Any):
+    return lambda: clj.class_statistics(X, LABELS, 3).merge(other)
+
+
+def traced(function: Any, *arrays):
+    return lambda: jax.eval_shape(function, *arrays)
+
+
+BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
+    'center_loss': [
+        (loss(x=None), TypeError, r'x must be.*NoneType'),
+        (loss(x=RAGGED), TypeError, r'x must be.*list'),
+        (loss(x={'a': X}), TypeError, r'x must be.*dict'),
+        (loss(x=KEYS[:, None]), TypeError, r'x must be.*key'),
+        (loss(centers=None), TypeError, r'centers must be.*NoneType'),
+        (loss(centers=ROWS), TypeError, r'centers must be.*RowUpdates'),
+        (loss(centers=nn.Partitioned(jnp.asarray(C), ('a', None))), TypeError, r'centers must be.*Partitioned'),
+        (loss(labels=None), TypeError, r'labels must be integers.*object'),
+        (loss(labels=RAGGED), TypeError, r'labels must be integers.*list'),
+        (loss(labels=KEYS), TypeError, r'labels must be integers.*key'),
+        (loss(labels={'a': LABELS}), TypeError, r'labels must be integers.*object'),
+        (loss(labels=LABELS + 1), ValueError, r'labels\[1\] is 3'),
+        (loss(where='yes'), TypeError, r'where must be boolean.*str'),
+        (loss(where=RAGGED), TypeError, r'where must be boolean.*list'),
+        (loss(weights='heavy'), TypeError, r'weights must be real numbers.*str'),
+        (loss(weights=RAGGED), TypeError, r'weights must be real numbers.*list'),
+        (loss(weights=[None] * 4), TypeError, r'weights must be real numbers.*list'),
+        (loss(weights=KEYS), TypeError, r'weights must be real numbers.*key'),
+        (loss(reduce_fn=0), TypeError, r'reduce_fn.*0'),
+        (loss(axis_name=['a']), TypeError, r'axis_name.*\[.a.\]'),
+        (loss(axis_name='btach'), NameError, r"axis_name='btach'"),
+    ],
+    'center_rows': [
+        (rows(x='features'), TypeError, r'x must be.*str'),
+        (rows(centers=C[:0]), ValueError, r'centers.*\[0, 2\]'),
+        (rows(labels=LABELS[:3]), ValueError, r'labels must have shape \(4,\).*\(3,\)'),
+        (rows(where=LABELS), TypeError, r'where must be boolean.*int'),
+        (rows(weights=1j), ValueError, r'weights must have shape.*\(\)'),
+    ],
+    'center_loss_and_rows': [
+        (both(x=X[:, :1]), ValueError, r'x must have shape.*D=2.*\[4, 1\]'),
+        (both(centers=NARROW), TypeError, r'centers must be float16 or wider.*float8'),
+        (both(labels='abc'), TypeError, r'labels must be integers.*str'),
+        (both(where=True), ValueError, r'where must have shape.*\(\)'),
+        (both(reduce_fn=jnp.sum, axis_name='a'), ValueError, r'axis_name goes with reduce_fn'),
+    ],
+    'class_statistics': [
+        (statistics(x=None), TypeError, r'x must be.*NoneType'),
+        (statistics(x=X[:, :0]), ValueError, r'x must have shape.*D at least 1.*\[4, 0\]'),
+        (statistics(num_classes='3'), ValueError, r"num_classes must be an integer of at least 1, got '3'"),
+        (statistics(num_classes=3.0), ValueError, r'num_classes must be an integer.*3\.0'),
+        (statistics(num_classes=None), ValueError, r'num_classes must be an integer.*None'),
+        (statistics(num_classes=2**31), ValueError, r'num_classes must be less than.*2147483648'),
+        (
+            traced(lambda c: clj.class_statistics(X, LABELS, c), 3),
+            ValueError,
+            r'num_classes must be an integer.*Tracer',
+        ),
+        (statistics(where=[True]), ValueError, r'where must have shape.*\(1,\)'),
+        (statistics(axis_name='btach'), NameError, r"axis_name='btach'"),
+    ],
+    'ClassStatistics': [
+        (merged(None), TypeError, r'other must be ClassStatistics.*NoneType'),
+        (merged(ROWS), TypeError, r'other must be ClassStatistics.*RowUpdates'),
+        (merged(clj.class_statistics(X, LABELS, 4)), ValueError, r'other must have.*\[3, 2\].*\[4, 2\]'),
+    ],
+    'nearest_center': [
+        (nearest(x=None), TypeError, r'x must be.*NoneType'),
+        (nearest(x=NARROW), TypeError, r'x must be float16 or wider.*float8'),
+        (nearest(centers=C[:0]), ValueError, r'centers.*\[0, 2\]'),
+        (nearest(block_size=None), ValueError, r'block_size must be an integer of at least 1, got None'),
+        (nearest(block_size=0), ValueError, r'block_size must be an integer of at least 1, got 0'),
+        (nearest(block_size='4'), ValueError, r"block_size must be an integer of at least 1, got '4'"),
+        (traced(lambda size: nearest(block_size=size)(), 4), ValueError, r'block_size must be an integer.*Tracer'),
+    ],
+    'center_update': [
+        (move(alpha=None), TypeError, r'alpha must be a number.*None'),
+        (move(alpha=1j), TypeError, r'alpha must be a number.*1j'),
+        (move(alpha={}), TypeError, r'alpha must be a number.*\{\}'),
+        (move(alpha=1.5), ValueError, r'alpha must be in \[0, 1\].*1\.5'),
+        (move(alpha=lambda count: None), TypeError, r'alpha must be a schedule that returns a number.*None'),
+        (move(alpha=lambda count: jnp.ones(2)), TypeError, r'alpha must be a schedule that returns a number'),
+        (move(mesh='data'), TypeError, r"mesh must be a jax.sharding.Mesh.*'data'"),
+        (move(axis_name=0), TypeError, r'axis_name.*0'),
+        (move(updates=C), TypeError, r'center_update takes RowUpdates.*float32\[3,2\]'),
+        (move(params=C[0]), ValueError, r'table of the rows must have shape \[C, D\].*\[2\]'),
+        (move(params=np.float32(1)), ValueError, r'table of the rows must have shape \[C, D\].*\[\]'),
+        (move(params=np.ones((3, 5), np.float32)), ValueError, r'rows of 2 features.*table \[3, 5\]'),
+    ],
+    'with_centers': [
+        (model_step(optimizer=0.1), TypeError, r'optimizer must be an optax optimizer.*0\.1'),
+        (model_step(optimizer=optax.adam), TypeError, r'optimizer must be an optax optimizer.*function'),
+        (model_step(alpha=None), TypeError, r'alpha must be a number.*None'),
+        (model_step(mesh=BY_ROWS), TypeError, r'mesh must be a jax.sharding.Mesh.*NamedSharding'),
+        (model_step(axis_name='btach'), NameError, r"axis_name='btach'"),
+        (model_step(grads={'params': jnp.ones(2), 'centers': C}), TypeError, r'takes RowUpdates'),
+    ],
+    'RowUpdates': [
+        (add(indices=[0.0, 1.0]), TypeError, r'RowUpdates.*indices are float64'),
+        (add(indices=[True, False]), TypeError, r'RowUpdates.*indices are bool'),
+        (add(indices=1), ValueError, r'RowUpdates must have indices \[N\]'),
+        (lambda: C + clj.RowUpdates(NONE, X[:2]), TypeError, r'indices of RowUpdates must be integers.*NoneType'),
+        (add(values='b'), TypeError, r'values of RowUpdates must be.*str'),
+        (add(values=np.ones((2, 2), np.complex64)), TypeError, r'values of RowUpdates.*complex64'),
+        (add(values=NARROW[:2]), TypeError, r'values of RowUpdates must be float16 or wider.*float8'),
+        (add(values=np.ones((2, 3), np.float32)), ValueError, r'rows of 3 features.*table \[3, 2\]'),
+        (add(table=np.ones((3, 2), np.int32)), TypeError, r'table must be floating point.*int32'),
+        (add(table=C[0]), ValueError, r'table must have shape.*\[2\]'),
+    ],
+    'concatenate_rows': [
+        (clj.concatenate_rows, ValueError, r'concatenate_rows needs at least one'),
+        (partial(clj.concatenate_rows, TWO), TypeError, r'expected RowUpdates.*list'),
+        (partial(clj.concatenate_rows, NONE), TypeError, r'expected RowUpdates.*NoneType'),
+        (partial(clj.concatenate_rows, ROWS, clj.RowUpdates(jnp.array([1]), X[:1, :1])), ValueError, r'\[1, 2\] feat'),
+    ],
+    'check_labels': [
+        (check_labels(None), TypeError, r'labels must be integers.*object'),
+        (check_labels(RAGGED), TypeError, r'labels must be integers.*list'),
+        (check_labels([0.5]), TypeError, r'labels must be integers.*float64'),
+        (check_labels([1, 3]), ValueError, r'labels\[1\] is 3'),
+        (check_labels(num_classes=None), ValueError, r'num_classes must be an integer.*None'),
+        (check_labels(num_classes=float('nan')), ValueError, r'num_classes must be an integer.*nan'),
+        (check_labels(num_classes=np.array([3, 3])), ValueError, r'num_classes must be an integer.*\[3, 3\]'),
+        (
+            traced(lambda labels: clj.check_labels(labels, 3), LABELS),
+            TypeError,
+            r'values of labels.*outside of jax.jit',
+        ),
+    ],
+    'shard_centers': [
+        (shard(None), TypeError, r'centers must be floating point.*object'),
+        (shard('abc'), TypeError, r'centers must be floating point.*str'),
+        (shard([[1, 2]]), TypeError, r'centers must be floating point.*int'),
+        (shard(RAGGED), TypeError, r'centers must be.*list'),
+        (shard(C[0]), ValueError, r'centers must have shape.*\[2\]'),
+        (shard(sharding=None), TypeError, r'sharding must be a NamedSharding.*NoneType'),
+        (shard(sharding=P('classes')), TypeError, r'sharding must be a NamedSharding.*P'),
+        (shard(sharding=MESH), TypeError, r'sharding must be a NamedSharding.*Mesh'),
+        (traced(lambda c: shard(c)(), C), TypeError, r'values of centers.*outside of jax.jit'),
+    ],
+    'unshard_centers': [
+        (unshard(None), TypeError, r'table must be floating point.*object'),
+        (unshard(C.astype(int)), TypeError, r'table must be floating point.*int'),
+        (unshard(C[0]), ValueError, r'table must have shape.*\[2\]'),
+        (unshard(np.float32(1)), ValueError, r'table must have shape.*\[\]'),
+        (unshard(num_classes='3'), ValueError, r"num_classes is '3'"),
+        (traced(lambda c: unshard(c)(), C), TypeError, r'values of table.*outside of jax.jit'),
+    ],
+    'check_replicas': [
+        (replicas({'a': 'text'}), TypeError, r"\['a'\] must be numbers.*str"),
+        (replicas({'a': object()}), TypeError, r"\['a'\] must be numbers.*object"),
+        (replicas({'a': 1.0}, stacked=True), ValueError, r"axis of devices.*\['a'\].*\[\]"),
+        (replicas(X[:0], stacked=True), ValueError, r'axis of devices.*tree.*\[0, 2\]'),
+        (traced(lambda a: replicas(a)(), X), TypeError, r'values of tree.*outside of jax.jit'),
+    ],
+    'linen.CenterLoss': [
+        (linen(0), ValueError, r'num_classes must be an integer of at least 1, got 0'),
+        (linen(None), ValueError, r'num_classes must be an integer.*None'),
+        (linen(2.5), ValueError, r'num_classes must be an integer.*2\.5'),
+        (linen(x=np.float32(1), labels=0), ValueError, r'x must have shape.*\[\]'),
+        (linen(x=None), TypeError, r'x must be.*NoneType'),
+        (linen(labels=LABELS + 1), ValueError, r'labels\[1\] is 3'),
+        (linen(dtype=jnp.int32), TypeError, r'centers of centers_init must be floating point.*int32'),
+        (linen(centers_init=C), TypeError, r'centers_init must be an initializer'),
+        (linen(centers_init=lambda *_: None), ValueError, r'centers_init must return centers \[3, 2\], got \[\]'),
+        (linen(centers_init=lambda *_: jnp.ones((2, 3))), ValueError, r'centers_init.*\[3, 2\], got \[2, 3\]'),
+    ],
+    'nnx.CenterLoss': [
+        (of_nnx('3'), ValueError, r"num_classes must be an integer.*'3'"),
+        (of_nnx(num_features=0), ValueError, r'num_features must be an integer of at least 1, got 0'),
+        (of_nnx(num_features=None), ValueError, r'num_features must be an integer.*None'),
+        (of_nnx(rngs=0), TypeError, r'rngs must be nnx.Rngs.*0'),
+        (of_nnx(dtype=jnp.float8_e5m2), TypeError, r'centers of centers_init must be float16 or wider.*float8'),
+        (of_nnx(centers_init=None), TypeError, r'centers_init must be an initializer.*None'),
+        (of_nnx(centers_init=lambda *_: jnp.ones(3)), ValueError, r'centers_init.*\[3, 2\], got \[3\]'),
+        (of_nnx(x=np.ones((4, 5), np.float32)), ValueError, r'x must have shape.*D=2.*\[4, 5\]'),
+    ],
+    'nnx.Centers': [
+        (loss(centers=clj.nnx.Centers(jnp.ones(2))), ValueError, r'centers must have shape.*\[2\]'),
+        (loss(centers=clj.nnx.Centers(jnp.ones((3, 2), int))), TypeError, r'centers must be floating point.*int'),
+    ],
+}
+CASES = [
+    pytest.param(call, error, message, id=f'{name} {n}')
+    for name, cases in BAD.items()
+    for n, (call, error, message) in enumerate(cases)
+]
+
+
+def test_every_public_name_is_in_the_table():
+    functions = {'linen': {'linen.CenterLoss'}, 'nnx': {'nnx.CenterLoss', 'nnx.Centers'}}
+    names = set[str]().union(*(functions.get(name, {name}) for name in clj.__all__))
+    assert set(BAD) == names - {'CenterUpdateState'}  # which takes anything, as every NamedTuple does
+
+
+@pytest.mark.parametrize(('call', 'error', 'message'), CASES)
+@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
+def test_a_bad_input_is_an_error_that_names_the_argument(call, error, message, jit):
+    with pytest.raises(error, match=message) as excinfo:
+        jax.eval_shape(lambda _: call(), 0.0) if jit else call()
+    assert 'Traceback' not in str(excinfo.value)
+    assert len(str(excinfo.value)) < 600
