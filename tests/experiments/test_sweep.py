@@ -80,18 +80,13 @@ def test_a_sweep_goes_on_where_it_was_and_does_no_cell_twice(whole, tmp_path, ca
     assert 'finished' in capsys.readouterr().out
 
 
-def test_cells_of_an_earlier_version_lack_a_measure_and_stay(whole, tmp_path):
-    out = tmp_path / 'sweep'
-    shutil.copytree(whole, out)
-    for cell in sorted((out / 'cells').glob('*.json'))[:2]:
-        values = json.loads(cell.read_text())
-        del values['map']
-        cell.write_text(json.dumps(values))
-    (out / 'report.html').unlink()
-    assert run(*FLAGS, '--out', out, '--resume', '--workers', 1) == 0
-    rows = table(out)
-    assert sum(row.pop('map') == 'nan' for row in rows) == 2
-    assert rows == [{name: value for name, value in row.items() if name != 'map'} for row in table(whole)]
+def test_a_measure_that_cells_of_an_earlier_version_lack_is_nan():
+    old = {'center_weight': 0.0, 'alpha': 0.5, 'auc': 0.75, 'collapsed': False}
+    first, second = sweep.complete([old, {**old, 'map': 0.5}])
+    assert list(first) == list(second) == [*old, 'map']
+    assert np.isnan(first.pop('map'))
+    assert first == old
+    assert second['map'] == 0.5
 
 
 @pytest.mark.slow
