@@ -345,3 +345,8 @@ class TestCheckLabels:
     def test_only_integers_are_labels(self, dtype):
         with pytest.raises(TypeError, match=f'labels.*{np.dtype(dtype)}'):
             clj.check_labels(np.array([0, 1], dtype), 3)
+
+
+def test_an_empty_list_is_the_labels_of_no_example():
+    assert clj.class_statistics(np.zeros((0, 2)), [], 3).count.tolist() == [0, 0, 0]
+    clj.check_labels([], 3)
