@@ -180,7 +180,7 @@ def _by_class(x: Array, index: Array, num_classes: int, axis_name: AxisName | No
 
     def sums(values: Array) -> Array:
         total = jax.ops.segment_sum(values, part_index, parts * num_classes)  # drops DROPPED
-        total = total.reshape(parts, num_classes, *values.shape[1:]).sum(axis=0)
+        total = total.reshape(parts, num_classes, *values.shape[1:]).sum(axis=0, dtype=values.dtype)
         return total if axis_name is None else jax.lax.psum(total, axis_name)
 
     count = sums(jnp.ones_like(index))
