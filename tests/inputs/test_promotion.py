@@ -59,6 +59,7 @@ CALLS: dict[str, Any] = {
     'table + rows': lambda x, c, _: c + clj.center_rows(x, c, LABELS),
     'table + bare rows': lambda x, c, _: c + clj.RowUpdates(LABELS, x),
     'with_centers': model_step,
+    'concatenate_rows': lambda x, c, _: clj.concatenate_rows(clj.center_rows(x, c, LABELS)),
     'nearest_center': lambda x, c, _: clj.nearest_center(x, c, block_size=4),
     'gradient of nearest_center': lambda x, c, _: jax.grad(lambda x: jnp.sum(clj.nearest_center(x, c)[1]))(x),
     'class_statistics': statistics,
