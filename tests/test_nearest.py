@@ -285,6 +285,8 @@ def test_the_nearest_center_is_the_same_on_a_mesh_and_no_table_travels(on_one_de
     labels, distances = compiled(batch, table)
     np.testing.assert_array_equal(labels, expected_labels)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-6)
+    if axis_type == AxisType.Explicit:
+        assert labels.sharding.spec == distances.sharding.spec == batch_spec
     assert max(collective_sizes(compiled), default=0) < 512  # a device's shard of the table has 1,536 numbers
 
 

@@ -77,6 +77,9 @@ class TestModule:
         with pytest.raises(ValueError, match=r'num_(classes|features) must be .* at least 1, got (0|-1)'):
             clj.nnx.CenterLoss(num_classes, num_features, rngs=nnx.Rngs(0))
 
+    def test_one_class_and_one_feature_suffice(self):
+        assert clj.nnx.CenterLoss(1, 1, rngs=nnx.Rngs(0)).centers.shape == (1, 1)
+
     def test_an_initializer_of_another_shape_is_named(self):
         with pytest.raises(ValueError, match=r'centers_init.*\[3, 2\].*\[2, 3\]'):
             clj.nnx.CenterLoss(3, 2, centers_init=lambda *_: jnp.zeros((2, 3)), rngs=nnx.Rngs(0))

@@ -41,6 +41,12 @@ def test_a_table_is_padded_to_a_size_that_the_mesh_divides(table, num_devices, r
     assert np.isposinf(sharded[10:]).all()
 
 
+def test_padding_of_any_number_of_rows_is_removed():
+    for num_classes in range(9, 17):
+        table = np.ones((num_classes, 3), np.float32)
+        np.testing.assert_array_equal(clj.unshard_centers(clj.shard_centers(table, over(8))), table)
+
+
 def test_a_table_saved_on_eight_devices_is_restored_on_four_and_on_one(table, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         saved = clj.unshard_centers(clj.shard_centers(table, over(8)), num_classes=10)
@@ -202,6 +208,12 @@ def test_a_value_of_any_dtype_that_moved_is_found(dtype, columns):
     swapped[[0, 1, 2, 4, 6, 7], 1, 0] = 0
     with pytest.raises(ValueError, match='replicas 5 differ from replica 0'):
         clj.check_replicas(swapped, stacked=True)
+
+
+@pytest.mark.parametrize('other', [np.nextafter(1.0, 2.0), 2.0, np.int64(2), np.int64(1 + 2**32)], ids=repr)
+def test_both_halves_of_a_wide_number_are_compared(other):
+    with jax.enable_x64(True), pytest.raises(ValueError, match='replicas 1 differ from replica 0'):
+        clj.check_replicas(np.array([1, other], np.asarray(other).dtype), stacked=True)
 
 
 def test_equal_nans_random_keys_and_empty_trees_pass():

@@ -243,9 +243,9 @@ WRONG_LABELS = {
     'a scalar': (np.array(1), ValueError, r'labels.*\(4,\).*\(\)'),
     'one-hot integers': (np.eye(3, dtype=np.int32)[[0, 2, 1, 0]], ValueError, 'labels.*argmax'),
     'one-hot floats': (np.eye(3, dtype=np.float32)[[0, 2, 1, 0]], (TypeError, ValueError), 'labels.*argmax'),
-    'floats': (np.array([0, 2, 1, 0], np.float32), TypeError, 'labels.*float32'),
+    'floats': (np.array([0, 2, 1, 0], np.float32), TypeError, r'labels.*float32.*astype'),
     'half floats': (np.array([0, 2, 1, 0], np.float16), TypeError, 'labels.*float16'),
-    'booleans': (np.array([True, False, True, True]), TypeError, 'labels.*bool'),
+    'booleans': (np.array([True, False, True, True]), TypeError, 'labels.*bool.*where='),
     'complex': (np.array([0, 2, 1, 0], np.complex64), TypeError, 'labels.*complex64'),
 }
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +28,10 @@ def gradients(x, centers, weights):
 
 def model_step(x, centers, _):
     transform = clj.with_centers(optax.sgd(0.1), optax.linear_schedule(1.0, 0.0, 10))
-    model = {'params': jnp.ones(3), 'centers': centers}
+    params = jnp.ones(3, jnp.float32)
+    model = {'params': params, 'centers': centers}
     rows = clj.concatenate_rows(*[clj.center_rows(x, centers, LABELS)] * 2)
-    return update(transform, {'params': jnp.ones(3), 'centers': rows}, transform.init(model), model)
+    return update(transform, {'params': params, 'centers': rows}, transform.init(model), model)
 
 
 def statistics(x, centers, _):
@@ -57,6 +59,7 @@ CALLS: dict[str, Any] = {
     'table + rows': lambda x, c, _: c + clj.center_rows(x, c, LABELS),
     'table + bare rows': lambda x, c, _: c + clj.RowUpdates(LABELS, x),
     'with_centers': model_step,
+    'concatenate_rows': lambda x, c, _: clj.concatenate_rows(clj.center_rows(x, c, LABELS)),
     'nearest_center': lambda x, c, _: clj.nearest_center(x, c, block_size=4),
     'gradient of nearest_center': lambda x, c, _: jax.grad(lambda x: jnp.sum(clj.nearest_center(x, c)[1]))(x),
     'class_statistics': statistics,
@@ -86,6 +89,15 @@ def test_a_function_can_be_traced(call, dtypes, num_classes, flag):
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     with flag():
         jax.eval_shape(call, *arrays)
+
+
+@pytest.mark.parametrize('num_classes', [5, 50])
+@pytest.mark.parametrize('call', CALLS.values(), ids=CALLS.keys())
+def test_float32_stays_float32_under_x64(call, num_classes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((6, 4), (num_classes, 4), (6,))]
+    expected = jax.eval_shape(call, *arrays)
+    with jax.enable_x64(True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(call, *arrays), expected)
 
 
 @with_flag
