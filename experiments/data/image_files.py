@@ -57,7 +57,7 @@ def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
     single = [name for name, paths in train.items() if len(paths) == 1]
     if len(single) == len(train):
         raise DataError(f'{shown(folder)} has no class with two images, so that none is left to test on')
-    notes += ('there is no train/ and test/: a fifth of each class was held out as test images',)
+    notes += ('there is no train/ and test/: a fifth of each class, at least one image, was held out as test images',)
     if single:
         notes += (f'classes with a single image, which is a train image: {some(single)}',)
     return _divide(folder, train), notes
@@ -159,7 +159,7 @@ def _classes(root: Path, images: Sequence[Path]) -> dict[str, list[Path]]:
             classes.setdefault(path.parent.name, []).append(path)
     for name in classes:
         if shown(name) != name:
-            raise DataError(f'{shown(root / name)} has a name that is no UTF-8; rename it')
+            raise DataError(f'{shown(root / name)} has a name that is no UTF-8; rename it, or set PYTHONUTF8=1')
     return {name: classes[name] for name in natural_order(classes)}
 
 

@@ -22,6 +22,7 @@ from experiments.data.digits import classification_info, prepare_once
 from experiments.data.image_files import Splits, find_images, fingerprint, shown, stamp
 from experiments.data.splits import FORMATS
 from experiments.data.tfds_cache import DataError
+from experiments.launch.atomic_files import lock
 
 # Width and height where fewer than half of the images share a size: small, and things can be recognised.
 FALLBACK_SIZE = (64, 64)
@@ -39,17 +40,28 @@ ORIENTATIONS = {
 
 PNG = b'\x89PNG\r\n\x1a\n'
 
+# The lock of the copy that this process reads. The kernel releases it when the process ends.
+_in_use = contextlib.ExitStack()
+
 
 def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
-    """Returns the images of a folder, prepared again whenever its files change, and notes on them."""
+    """Returns the images of a folder, prepared again whenever its files change, and notes on them.
+
+    Removes the copies of earlier states of the folder that no process reads.
+    """
     splits, notes = find_images(folder)
     place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
     home = data_dir / 'image_folders' / f'{folder.name}-{place}-{stamp(splits)}'
     copy = home / ImageFolder.name / str(ImageFolder.VERSION)
+    _in_use.close()
+    with contextlib.suppress(OSError):  # as in a cache that may only be read
+        home.mkdir(parents=True, exist_ok=True)
+        _in_use.enter_context(lock(home / '.lock', shared=True))
     builder = prepare_once(copy, lambda: ImageFolder(folder, splits, data_dir=home))
     for other in home.parent.iterdir():
         if other != home and re.fullmatch(f'.*-{place}-[0-9a-f]{{16}}', other.name):
-            shutil.rmtree(other, ignore_errors=True)
+            with contextlib.suppress(OSError), lock(other / '.lock', wait=False):
+                shutil.rmtree(other, ignore_errors=True)
     return builder, (*notes, *builder.info.description.splitlines())
 
 

@@ -75,7 +75,10 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
     try:
         return _dataset(*_builder(dataset, data_dir), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
-        raise DataError(f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}') from error
+        raise DataError(
+            f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}; mend that, or pass another '
+            '--data-dir'
+        ) from error
 
 
 def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:

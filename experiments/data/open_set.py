@@ -35,7 +35,7 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
             last 0.3. Where all names are numbers, a number is a name.
 
     Raises:
-        ValueError: if it names no such classes, or leaves fewer than two on either side.
+        ValueError: if it names no such classes, leaves fewer than two on either side, or no image to test on.
     """
     notes = []
     classes = np.arange(data.num_classes)
@@ -55,8 +55,12 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     train_places, test_places = (np.flatnonzero((own >= 0) & known[own]) for own in (train, test))
     test_split = data.test
     if not len(test_places):
-        notes.append(f'{data.name} has no test images of known classes; a fifth of each class was held out')
+        notes.append(
+            f'{data.name} has no test images of known classes; a fifth of each class, at least one, was held out'
+        )
         test_split, test_places = data.train, _fifth(train_places, train[train_places])
+        if not len(test_places):
+            raise ValueError(f'{data.name} has no known class with two images, so that none is left to test on')
         train_places = np.setdiff1d(train_places, test_places)
     names = tuple(name for name, is_known in zip(data.class_names, known, strict=True) if is_known)
     known_part = dataclasses.replace(
@@ -105,8 +109,9 @@ def _parsed(held_out: str, names: Sequence[str]) -> np.ndarray:
 
 
 def _fifth(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns every fifth example of each class."""
-    return np.concatenate([places[labels == label][4::5] for label in np.unique(labels)])
+    """Returns every fifth example of each class, or the last one of two to four."""
+    classes = [places[labels == label] for label in np.unique(labels)]
+    return np.concatenate([own[4::5] if len(own) >= 5 else own[1:][-1:] for own in classes])
 
 
 def _limited(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import requests
@@ -43,21 +44,25 @@ def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     command = [sys.executable, '-m', 'experiments.data.prepare', name, str(data_dir), str(FIRST_ANSWER_SECONDS)]
     quiet = {'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '-1'}
     try:
-        process = subprocess.run(
+        # The process ends when its standard input closes, and so with this one.
+        with subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env=os.environ | quiet,
             cwd=Path(__file__).parents[2],
-            check=False,
-        )
+        ) as process:
+            assert process.stdout is not None
+            output = process.stdout.read()
+            process.wait()
     finally:
         _remove_unfinished(name, data_dir)
     copy = None if process.returncode else find(name, data_dir)
     if copy is not None:
         return copy
-    url, _, reason = process.stdout.partition('\n')
+    url, _, reason = output.partition('\n')
     if process.returncode == -signal.SIGALRM:
         reason = f'no answer within {FIRST_ANSWER_SECONDS} seconds; is there a network?'
     raise DataError(
@@ -76,6 +81,7 @@ def _remove_unfinished(name: str, data_dir: Path) -> None:
 
 def main(name: str, data_dir: str, first_answer_seconds: str) -> None:
     """Prepares a dataset in this process. Prints the address of a file and then, if it fails, the reason."""
+    threading.Thread(target=_end_with_input, daemon=True).start()
     signal.alarm(int(first_answer_seconds))  # ends the process; no timeout of requests bounds the lookup of a name
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -91,6 +97,11 @@ def main(name: str, data_dir: str, first_answer_seconds: str) -> None:
             reason = re.sub(', downloaded to [^,]*', '', f'{type(error).__name__}: {error}')
             print(reason[:300], file=sys.__stdout__)
             sys.exit(1)
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _check_network(builder: tfds.core.DatasetBuilder) -> None:

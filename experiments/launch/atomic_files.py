@@ -58,14 +58,16 @@ def save_figure(path: Path, figure: Any, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+def lock(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Locks a file until the block or the process ends. Creates it if absent, and keeps its contents.
+
+    Any number of processes may hold a shared lock at once.
 
     Raises:
       BlockingIOError: if another process holds the lock and `wait` is false.
     """
     with _open(path, os.O_RDWR) as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         yield
 
 

@@ -1,5 +1,7 @@
 """The command line of a program: a frozen dataclass declares the flags, their defaults and their help."""
 
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -22,6 +24,7 @@ def main(
     The exit code is 2, with one line, for an error that the user can correct, and 1 for an error of the system. It is
     130 or 143, with a line that says how to continue, if SIGINT or SIGTERM stopped the run.
     """
+    _prepare_streams()
     prog = f'python -m {prog}'
     code, message = 0, ''
     try:
@@ -49,3 +52,17 @@ def main(
     if message:
         sys.stderr.write(f'{prog}: {message}\n')
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Makes each standard stream take any text, and opens the closed ones, whose numbers files would take."""
+    number = os.open(os.devnull, os.O_RDWR)
+    while number <= 2:
+        number = os.dup(number)
+    os.close(number)
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  # until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')

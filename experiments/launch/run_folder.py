@@ -152,11 +152,12 @@ class Run:
         for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
             (self.out / name).unlink(missing_ok=True)
         if not self.resumed:
-            (self.out / METRICS).unlink(missing_ok=True)
+            for name in (METRICS, DATA):
+                (self.out / name).unlink(missing_ok=True)
             for name in FOLDERS:
                 _remove(self.out / name)
+        write_json(self.out / CONFIG, config)  # after the old files and before the new ones: it marks them as a run's
         write_json(self.out / DATA, identity)
-        write_json(self.out / CONFIG, config)  # last: it marks the other files as a run's
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises RunError if a setting differs from that of the resumed run."""

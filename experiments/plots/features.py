@@ -1,8 +1,8 @@
 """Figures of features and class centers, as in the paper's Fig. 2.
 
 `draw_features` draws one epoch of several training runs ("arms") side by side. `animate_features` draws all of their
-epochs. `panel.py` draws each picture and holds the colours. Each class is named beside its points, so that no reader
-depends on colour.
+epochs. `panel.py` draws each picture and holds the colours. Up to 100 classes are named beside their points, so that no
+reader depends on colour.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from experiments.train.snapshots import Snapshot
 
 MAX_POINTS = 4000
 MAX_NAMED_CLASSES = 20
+MAX_NUMBERS = 100  # of more classes, an evenly spaced selection is numbered
 MAX_NAME_LENGTH = 11
 
 # Paul Tol's "muted" scheme for colour-blind readers, with a darker grey for points.
@@ -50,13 +51,14 @@ class Panel:
 
         few = num_classes <= MAX_NAMED_CLASSES
         self.label_size = 10 if few else 7
+        self.named = range(0, num_classes, -(-num_classes // MAX_NUMBERS))
         self.points = axes.scatter([], [], linewidths=0, alpha=0.55, rasterized=True)
         self.centers = axes.scatter([], [], s=26 if few else 10, c='white', edgecolors='black', zorder=3)
         halo = withStroke(linewidth=2.5, foreground='white')
         style: dict[str, Any] = {'path_effects': [halo], 'parse_math': False, 'zorder': 4}
         style |= {'ha': 'center', 'va': 'center', 'fontfamily': families}
         self.labels = [] if plane.dimensions == 1 else [
-            axes.text(0, 0, name, fontsize=self.label_size, fontweight='bold', **style) for name in names
+            axes.text(0, 0, names[c], fontsize=self.label_size, fontweight='bold', **style) for c in self.named
         ]  # fmt: skip
         self.note = axes.text(0.5, 0.08, '', transform=axes.transAxes, fontsize=10, **style)
 
@@ -83,7 +85,7 @@ class Panel:
         em = self.label_size / 250 * np.ptp(self.window[0])  # a panel is about 250 points wide
         sizes = np.array([[0.7 * em * len(text.get_text()), em] for text in self.labels])
         clouds = [cloud if len(cloud) else centers[c : c + 1] for c, cloud in enumerate(clouds)]
-        places = place_labels(clouds, sizes, self.window, gap=0.4 * em) if len(sizes) else []
+        places = place_labels(clouds, self.named, sizes, self.window, gap=0.4 * em) if len(sizes) else []
         for text, place in zip(self.labels, places, strict=True):
             text.set(visible=place is not None and not collapsed, position=(0, 0) if place is None else place)
 

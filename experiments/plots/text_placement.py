@@ -9,15 +9,16 @@ _COMPASS = np.pi * np.array([0, 0.25, -0.25, 0.5, -0.5, 0.75, -0.75, 1])
 
 
 def place_labels(
-    clouds: Sequence[np.ndarray], sizes: np.ndarray, window: np.ndarray, *, gap: float
+    clouds: Sequence[np.ndarray], named: Sequence[int], sizes: np.ndarray, window: np.ndarray, *, gap: float
 ) -> list[np.ndarray | None]:
-    """Places the labels of C classes, each nearest to the points of its class and apart from other labels.
+    """Places the labels of some classes, each nearest to the points of its class and apart from other labels.
 
     Tries places beside the points first, from the side away from the origin on, and then places among the points.
 
     Args:
       clouds: The points [n, 2] of each class.
-      sizes: Width and height of each label, [C, 2].
+      named: The K classes that have a label.
+      sizes: Width and height of each label, [K, 2].
       window: The limits of the axes, [[left, right], [bottom, top]].
       gap: The distance between a cloud and its label.
 
@@ -27,7 +28,8 @@ def place_labels(
     middles = np.stack([cloud.mean(axis=0) for cloud in clouds])
     places: list[np.ndarray | None] = []
     taken = np.empty((0, 2, 2))  # middles and sizes
-    for c, (cloud, size) in enumerate(zip(clouds, sizes, strict=True)):
+    for c, size in zip(named, sizes, strict=True):
+        cloud = clouds[c]
         angles = np.arctan2(middles[c, 1], middles[c, 0]) + _COMPASS
         directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # [8, 2]
         edges = np.quantile((cloud - middles[c]) @ directions.T, 0.97, axis=0)  # [8]

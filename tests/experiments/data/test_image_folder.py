@@ -10,6 +10,7 @@ from PIL import EpsImagePlugin, ExifTags, Image
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
 from experiments.data.tfds_cache import DataError
+from experiments.launch.atomic_files import lock
 from tests.support.tiny import all_of, counts
 
 
@@ -112,6 +113,19 @@ def test_a_folder_is_prepared_again_when_its_files_change(folder, cache, change,
     change(folder)
     assert dogs() == expected
     assert len(list(cache.glob('image_folders/pets-*'))) == 1
+
+
+def test_the_copy_that_another_run_reads_stays(folder, cache):
+    load(str(folder), cache)
+    (home,) = cache.glob('image_folders/pets-*')
+    with pytest.raises(BlockingIOError), lock(home / '.lock', wait=False):
+        pass
+    with lock(home / '.lock', shared=True):
+        change_a_file(folder)
+        load(str(folder), cache)
+        assert list(home.rglob('*.array_record*'))
+    load(str(folder), cache)
+    assert not home.exists()
 
 
 def test_no_program_is_started_for_an_image(folder, cache, tmp_path, monkeypatch):

@@ -87,7 +87,17 @@ def test_a_set_whose_splits_share_no_class_is_divided_by_its_splits():
     assert sorted(train + test) == [*range(60)]
     assert (counts(parts.known.test) > 0).all()
     assert (counts(parts.known.train) > counts(parts.known.test)).all()
-    assert 'a fifth of each class was held out' in parts.known.notes[0]
+    assert 'a fifth of each class, at least one, was held out' in parts.known.notes[0]
+
+
+def test_a_class_of_two_images_has_one_of_them_to_test():
+    labels = np.repeat(np.arange(4), [1, 2, 4, 5])
+    own = dataclasses.replace(DATA, train=numbered(labels), test=numbered(4 + LABELS % 6))
+    parts = divide(own)
+    assert counts(parts.known.train).tolist() == [1, 1, 3, 4]
+    assert counts(parts.known.test).tolist() == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match='ten has no known class with two images'):
+        divide(dataclasses.replace(own, train=numbered(np.arange(4))))
 
 
 def test_of_many_held_out_examples_whole_classes_are_verified(monkeypatch):

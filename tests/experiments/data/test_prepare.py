@@ -4,6 +4,7 @@ It asks for `fashion_mnist`, whose files are behind plain http; TensorFlow is ne
 """
 
 import http.server
+import subprocess
 import sys
 import threading
 import time
@@ -90,6 +91,31 @@ def test_a_connection_that_is_refused_ends_preparation_at_once(tmp_path, monkeyp
     begun = time.monotonic()
     assert 'no answer; is there a network?' in error_of_preparing(tmp_path)
     assert time.monotonic() - begun < 300
+
+
+PREPARED = """
+import sys
+from pathlib import Path
+from experiments.data import prepare
+
+prepare.FIRST_ANSWER_SECONDS = 600
+prepare._prepare('fashion_mnist', Path(sys.argv[1]))
+"""
+
+
+def test_a_preparation_ends_with_the_run_that_is_killed(tmp_path, proxy):
+    asked, over = threading.Event(), threading.Event()
+
+    def answer(request):
+        asked.set()
+        if request.connection.recv(1) == b'':  # the other end is closed
+            over.set()
+
+    proxy(answer)
+    with subprocess.Popen([sys.executable, '-c', PREPARED, str(tmp_path)]) as run:
+        assert asked.wait(300)
+        run.kill()
+    assert over.wait(60)
 
 
 def test_a_slow_download_that_lives_is_waited_for(tmp_path, proxy, monkeypatch):

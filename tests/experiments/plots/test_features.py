@@ -154,6 +154,15 @@ def test_labels_of_many_classes_do_not_lie_on_each_other(tmp_path):
         assert {t.get_text() for t in shown} <= {str(c) for c in range(100)}
 
 
+def test_of_very_many_classes_a_selection_is_numbered(tmp_path):
+    arm = snapshot(num_classes=250)
+    figure = draw_features(tmp_path / 'features.png', {'arm': arm}, [f'class {c}' for c in range(250)], title='')
+    for axes in figure.axes:
+        numbers = [text.get_text() for text in axes.texts if text.get_text()]
+        assert numbers == [str(c) for c in range(0, 250, 3)]
+        assert len(offsets(axes.collections[1])) == 250
+
+
 @pytest.mark.parametrize(
     ('names', 'shown'),
     [
