@@ -1,6 +1,8 @@
 """RowUpdates: a change to a few rows of a table, in the place of a gradient of the table's size."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +98,10 @@ class RowUpdates:
         """Restores rows from their leaves. @private"""
         indices, values, *others = leaves
         return cls(indices, values, **dict(zip(LEAVES[2:], others, strict=True)))
+
+    if TYPE_CHECKING:
+        # optax's type of a tree has arrays, iterables and mappings, and no pytree node of another class.
+        def __iter__(self) -> Iterator[Array]: ...
 
     # Without it a NumPy table would add the rows elementwise by itself.
     __array_ufunc__ = None

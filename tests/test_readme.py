@@ -2,9 +2,13 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 import centerloss_jax as clj
@@ -45,9 +49,21 @@ def test_the_quickstart_of_readme_is_the_file_that_it_links():
     assert BLOCK.findall(TEXT[README]) == [(ROOT / 'experiments/quickstart/linen.py').read_text(encoding='utf-8')]
 
 
-def test_readme_links_every_quickstart():
-    for path in (ROOT / 'experiments/quickstart').glob('[!_]*.py'):
-        assert f'](experiments/quickstart/{path.name})' in TEXT[README]
+@pytest.mark.parametrize('folder', ['quickstart', 'recipes'])
+def test_readme_links_every_file_that_is_meant_to_be_copied(folder):
+    for path in (ROOT / 'experiments' / folder).glob('[!_]*.py'):
+        assert f'](experiments/{folder}/{path.name})' in TEXT[README]
+
+
+@pytest.mark.slow
+def test_the_blocks_of_both_pages_pass_the_type_checker(tmp_path):
+    blocks = [block for text in TEXT.values() for block in BLOCK.findall(text)]
+    paths = [tmp_path / f'block_{number}.py' for number in range(len(blocks))]
+    for path, block in zip(paths, blocks, strict=True):
+        path.write_text(block, encoding='utf-8')
+    command = [sys.executable, '-m', 'pyright', '--pythonpath', sys.executable, *map(str, paths)]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_readme_is_short():
@@ -104,6 +120,7 @@ def test_readme_links_each_public_name_to_the_file_that_defines_it():
         ('PyTorch repositories', lambda squares, d: squares.mean(), lambda w, b, d: w),
         ('facenet', lambda squares, d: squares.mean() / d, lambda w, b, d: w / d),
         ('TF1 copies', lambda squares, d: squares.sum() / 2, lambda w, b, d: w * b / 2),
+        ('re-ID strong baseline', lambda squares, d: squares.mean(), lambda w, b, d: w),
     ],
 )
 def test_the_table_of_factors_carries_a_weight_over(worked_example, origin, loss, weight):
@@ -116,3 +133,20 @@ def test_the_table_of_factors_carries_a_weight_over(worked_example, origin, loss
     assert factor == weight(0.25, batch_size, num_features)
     theirs = 0.25 * loss(worked_example.per_example, num_features)
     np.testing.assert_allclose(factor * clj.center_loss(x, centers, labels), theirs, rtol=1e-6)
+
+
+def test_the_alpha_of_the_re_id_baseline_moves_centers_as_its_sgd_does():
+    row = re.search(r'SGD of r = ([\d.]+) is . = (.+), ([\d.]+) at (\d+) x (\d+) \|$', TEXT[README], re.MULTILINE)
+    assert row is not None
+    rate, formula, written, num_classes, images_per_class = float(row[1]), row[2], row[3], int(row[4]), int(row[5])
+    assert formula == '2 r (1 + n) / B'
+    alpha = 2 * rate * (1 + images_per_class) / (num_classes * images_per_class)
+    assert f'{alpha:.3f}' == written
+
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(num_classes), images_per_class)
+    x, centers = (rng.normal(size=(n, 3)).astype(np.float32) for n in (len(labels), num_classes))
+    by_sgd = centers - rate * jax.grad(clj.center_loss, argnums=1)(x, centers, labels)
+    tx = clj.center_update(alpha)
+    updates, _ = tx.update(clj.center_rows(x, centers, labels), tx.init(centers), centers)
+    np.testing.assert_allclose(optax.apply_updates(centers, updates), by_sgd, rtol=1e-5, atol=1e-6)
