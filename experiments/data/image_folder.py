@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 from experiments.data.digits import classification_info, prepare_once
 from experiments.data.image_files import Splits, find_images, fingerprint, shown, stamp
-from experiments.data.splits import FORMATS
+from experiments.data.splits import FORMATS, MODES, pixels
 from experiments.data.tfds_cache import DataError
 
 # Width and height where fewer than half of the images share a size: small, and things can be recognised.
@@ -40,15 +40,21 @@ ORIENTATIONS = {
 PNG = b'\x89PNG\r\n\x1a\n'
 
 
-def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
-    """Returns the images of a folder, prepared again whenever its files change, and notes on them."""
+def image_folder(folder: Path, data_dir: Path, image_size: int = 0) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
+    """Returns the images of a folder and notes on them.
+
+    Each image size has a copy of its own, which holds images resized from the files. Copies are prepared again when the
+    files of the folder change.
+    """
     splits, notes = find_images(folder)
-    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
-    home = data_dir / 'image_folders' / f'{folder.name}-{place}-{stamp(splits)}'
+    place, state = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8], stamp(splits)
+    size = f'-{image_size}' if image_size else ''
+    home = data_dir / 'image_folders' / f'{folder.name}-{place}-{state}{size}'
     copy = home / ImageFolder.name / str(ImageFolder.VERSION)
-    builder = prepare_once(copy, lambda: ImageFolder(folder, splits, data_dir=home))
+    builder = prepare_once(copy, lambda: ImageFolder(folder, splits, image_size, data_dir=home))
     for other in home.parent.iterdir():
-        if other != home and re.fullmatch(f'.*-{place}-[0-9a-f]{{16}}', other.name):
+        found = re.fullmatch(rf'.*-{place}-([0-9a-f]{{16}})(-\d+)?', other.name)
+        if found and found[1] != state:
             shutil.rmtree(other, ignore_errors=True)
     return builder, (*notes, *builder.info.description.splitlines())
 
@@ -58,18 +64,16 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version('2.0.0')
 
-    def __init__(self, folder: Path, splits: Splits, **kwargs):
+    def __init__(self, folder: Path, splits: Splits, image_size: int, **kwargs):
         self._folder, self._files = folder, splits
-        self._size, self._mode, self._odd, self._notes = _common_form(folder, splits)
+        self._shape, self._odd, self._notes = _common_form(folder, splits, image_size)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        width, height = self._size
-        image_shape = (height, width, len(Image.new(self._mode, (1, 1)).getbands()))
         # The label file of TFDS has a stripped line for a name, so the names are kept here.
         names = list(self._files['train'])
         facts = {'class_names': names, 'fingerprint': fingerprint(self._folder, self._files)}
-        return classification_info(self, '\n'.join(self._notes), image_shape, len(names), facts)
+        return classification_info(self, '\n'.join(self._notes), self._shape, len(names), facts)
 
     def _split_generators(self, dl_manager):
         del dl_manager
@@ -78,13 +82,13 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, classes):
         for label, name in enumerate(self._files['train']):
             for path in classes.get(name, []):
-                form = self._size, self._mode
-                image = _fitted(path, *form) if path in self._odd else _image_or_path(path, *form)
+                unchanged = path not in self._odd and _has_shape(path, self._shape)
+                image = str(path) if unchanged else _fitted(path, self._shape)
                 yield os.fsencode(path.relative_to(self._folder)), {'image': image, 'label': label}
 
 
-def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, set[Path], list[str]]:
-    """Returns the common size (width, height) and mode, the files with damaged metadata, and notes. Reads all files."""
+def _common_form(folder: Path, splits: Splits, image_size: int) -> tuple[tuple[int, int, int], set[Path], list[str]]:
+    """Returns the common shape of the images, the files with damaged metadata, and notes. Reads all files."""
     paths = [path for classes in splits.values() for paths in classes.values() for path in paths]
     sizes, modes = collections.Counter(), collections.Counter()
     transparent, odd, broken = 0, set(), []
@@ -104,11 +108,9 @@ def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, se
         raise DataError('\n'.join([head, *broken[:3], *more, 'Repair or remove them, and run again.']))
 
     notes = []
-    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]))
-    if 2 * count < len(paths):
-        size, count = FALLBACK_SIZE, sizes[FALLBACK_SIZE]
-    if count < len(paths):
-        notes.append(f'{len(paths) - count} of {len(paths)} images were stretched to {size[0]}x{size[1]} pixels')
+    size = (image_size, image_size) if image_size else _common_size(sizes)
+    if count := len(paths) - sizes[size]:
+        notes.append(f'{count} of {len(paths)} images were stretched to {size[0]}x{size[1]} pixels')
     mode = 'RGB' if modes['RGB'] else 'L'
     if mode == 'RGB' and modes['L']:
         notes.append(f'{modes["L"]} of {len(paths)} images are grey among coloured ones and were made coloured')
@@ -116,7 +118,14 @@ def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, se
         notes.append(f'{transparent} of {len(paths)} images have transparent parts, which were laid on white')
     if odd:
         notes.append(f'{len(odd)} of {len(paths)} images have damaged metadata, which was left out')
-    return size, mode, odd, notes
+    width, height = size
+    return (height, width, 3 if mode == 'RGB' else 1), odd, notes
+
+
+def _common_size(sizes: collections.Counter) -> tuple[int, int]:
+    """Returns the most frequent size, or a small one if fewer than half of the images have it."""
+    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]))
+    return size if 2 * count >= sizes.total() else FALLBACK_SIZE
 
 
 def open_image(path: Path) -> tuple[Image.Image, bool, bool]:
@@ -179,15 +188,16 @@ def _without_metadata(content: bytes) -> bytes | None:
     return b''.join(kept)
 
 
-def _image_or_path(path: Path, size: tuple[int, int], mode: str) -> Image.Image | str:
-    """Returns the path if the file can be stored unchanged, which keeps a JPEG small, or else the image."""
+def _has_shape(path: Path, shape: tuple[int, int, int]) -> bool:
+    """Returns whether the file can be stored unchanged, which keeps a JPEG small."""
+    height, width, channels = shape
     with Image.open(path, formats=FORMATS) as file:
         upright = _orientation(file) == 1
-        if file.size == size and file.mode == mode and upright and not file.has_transparency_data:
-            return str(path)
-    return _fitted(path, size, mode)
+        same = file.size == (width, height) and file.mode == MODES[channels]
+        return same and upright and not file.has_transparency_data
 
 
-def _fitted(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
+def _fitted(path: Path, shape: tuple[int, int, int]) -> Image.Image:
     image, _, _ = open_image(path)
-    return image.convert(mode).resize(size, Image.Resampling.BILINEAR)
+    array = pixels(image, shape)
+    return Image.fromarray(array[..., 0] if shape[-1] == 1 else array)

@@ -73,12 +73,12 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
     except RuntimeError as error:  # nobody has that home
         raise DataError(f'{wanted} has no place ({error}); pass another --data-dir') from error
     try:
-        return _dataset(*_builder(dataset, data_dir), image_size)
+        return _dataset(*_builder(dataset, data_dir, image_size), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}') from error
 
 
-def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
+def _builder(dataset: str, data_dir: Path, image_size: int) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
     """Returns the name of a dataset, the builder of its prepared copy, and notes.
 
     A name wins over a folder: `./mnist` is the folder.
@@ -91,7 +91,7 @@ def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilde
     if name in catalogue:
         return dataset, prepare.public(dataset, data_dir), ()
     if folder.is_dir():
-        return shown(folder.name), *image_folder(folder, data_dir)
+        return shown(folder.name), *image_folder(folder, data_dir, image_size)
     if copy := tfds_cache.find(dataset, data_dir):
         return dataset, copy, ()
     near = difflib.get_close_matches(name, ['digits', *catalogue], n=3)
