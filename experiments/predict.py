@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.data.image_files import notes_on, shown, walk
+from experiments.data.image_files import IMAGES, notes_on, shown, walk
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
 from experiments.data.splits import Split, pixels
@@ -38,7 +38,7 @@ class Config(DeviceFlags):
     """Images, the network that labels them, and where the predictions go."""
 
     images: str
-    """a folder with PNG or JPEG files at any depth, or a split of a dataset, such as digits:test"""
+    """a folder with PNG, JPEG or WebP files at any depth, or a split of a dataset, such as digits:test"""
     run: Folder = Path('runs/toy2d')
     """folder of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
@@ -115,8 +115,8 @@ def _images(config: Config, image_shape: list[int], tell: Callable[[str], None])
     if folder.is_dir():
         paths, others = walk(folder)
         if not paths:
-            raise DataError(f'{shown(folder)} holds no *.png, *.jpg or *.jpeg')
-        for note in notes_on(folder, others, '*.png|jpg|jpeg'):
+            raise DataError(f'{shown(folder)} holds no {IMAGES}')
+        for note in notes_on(folder, others, IMAGES):
             tell(note)
         images = np.stack([_read_image(path, (height, width, channels)) for path in paths])
         return [shown(path.relative_to(folder)) for path in paths], _unlabelled(images)

@@ -11,7 +11,10 @@ from pathlib import Path
 from experiments.data.digits import held_out
 from experiments.data.tfds_cache import DataError
 
-SUFFIXES = ('.png', '.jpg', '.jpeg')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
+
+# The names of images, as messages show them.
+IMAGES = '*' + '|'.join(SUFFIXES).replace('|.', '|')
 
 # What the folder of the test images may be called beside train/; the first one that is there is taken.
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
@@ -38,17 +41,17 @@ def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
         there, missing = alone[0], test_name if alone == ['train'] else 'train'
         raise DataError(
             f'{shown(folder)} has images of classes in {there}/, but none in {missing}/.\n'
-            f'Add {missing}/class/*.png|jpg|jpeg, or name {shown(folder / there)}, of which a fifth is then held out.'
+            f'Add {missing}/class/{IMAGES}, or name {shown(folder / there)}, of which a fifth is then held out.'
         )
     if len(train) < 2:
         found = f'only {next(iter(train))}/' if train else 'none'
         raise DataError(
             f'{shown(folder)} must hold images of at least two classes, found {found}.\n'
-            'Expected are class/*.png|jpg|jpeg, or train/class/* and test/class/*.'
+            f'Expected are class/{IMAGES}, or train/class/* and test/class/*.'
         )
     used = {path for classes in splits.values() for paths in classes.values() for path in paths}
     left_out = others + [path for path in images if path not in used]
-    notes = notes_on(folder, left_out, 'class/*.png|jpg|jpeg')
+    notes = notes_on(folder, left_out, f'class/{IMAGES}')
     if divided:
         _check_same_classes(folder, splits, test_name)
         if test_name != 'test':

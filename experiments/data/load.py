@@ -58,7 +58,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
     """Reads a dataset, and prepares it first if it is not there.
 
     Args:
-        dataset: a name in the catalogue of TFDS, or `digits`, or a folder of images: `class/*.png|jpg|jpeg`,
+        dataset: a name in the catalogue of TFDS, or `digits`, or a folder of images: `class/*.png|jpg|jpeg|webp`,
             or `train/class/*` and `test/class/*`.
         data_dir: where prepared sets are; by default a folder in the user's cache.
         image_size: width and height that images are brought to; 0 leaves them as they are.

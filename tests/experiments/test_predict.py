@@ -116,7 +116,7 @@ def test_an_image_that_is_no_digit_is_unknown(trained, tmp_path):
         (('--images', 'digits:validation'), (':train', ':test')),
         (('--images', 'digits:test', '--arm', 'triplet'), ('triplet', 'softmax', 'center')),
         (('--images', 'digits:test', '--run', 'nowhere'), ('nowhere', '--resume')),
-        (('--images', '{empty}'), ('*.png',)),
+        (('--images', '{empty}'), ('*.png|jpg|jpeg|webp',)),
         (('--images', '{broken}'), ('broken.png',)),
     ],
 )

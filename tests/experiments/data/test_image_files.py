@@ -89,7 +89,7 @@ def test_a_broken_link_is_unreadable_for_both(tmp_path, cache):
 @pytest.mark.parametrize(('image_size', 'shape'), [(0, (64, 64, 3)), (128, (128, 128, 3))])
 def test_training_and_predict_resize_a_file_once_to_the_same_pixels(tmp_path, cache, image_size, shape):
     stripes = np.tile(np.repeat(np.array([32, 224], np.uint8), 4), (300, 40))
-    for number, (mode, suffix) in enumerate([('RGB', 'png'), ('L', 'jpg'), ('RGB', 'jpg'), ('LA', 'png')] * 2):
+    for number, (mode, suffix) in enumerate([('RGB', 'png'), ('L', 'jpg'), ('RGB', 'webp'), ('LA', 'png')] * 2):
         path = tmp_path / 'own' / f'{number % 2}' / f'{number}.{suffix}'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(stripes[: 200 + number, : 128 + 8 * number]).convert(mode).save(path)
@@ -115,7 +115,7 @@ def test_copies_of_two_sizes_are_kept_until_the_files_change(tmp_path, cache):
 def test_predict_names_the_files_that_it_leaves_out(tmp_path):
     root = classes(tmp_path / 'own', 'cat')
     (root / 'notes.txt').touch()
-    assert predicted(root)[1] == ['files left out, since they are no *.png|jpg|jpeg: notes.txt']
+    assert predicted(root)[1] == ['files left out, since they are no *.png|jpg|jpeg|webp: notes.txt']
 
 
 @pytest.mark.parametrize('name', ['val', 'valid', 'validation'])

@@ -54,7 +54,7 @@ def test_a_folder_of_classes_is_divided_by_class(folder, cache):
     np.testing.assert_array_equal(all_of(load(str(folder), cache))[0], images)
 
 
-@pytest.mark.parametrize('suffix', ['png', 'jpg', 'jpeg', 'JPG'])
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'jpeg', 'JPG', 'webp'])
 def test_train_and_test_folders_are_taken_as_they_are(tmp_path, cache, suffix):
     for split, count in (('train', 3), ('test', 2)):
         for name, color in (('b', (0, 0, 255)), ('a', (255, 0, 0))):
@@ -363,7 +363,7 @@ def test_a_folder_without_two_classes_is_an_error_that_shows_the_layout(tmp_path
         write(tmp_path / 'own' / file, (1, 2, 3))
     with pytest.raises(DataError, match='at least two classes') as error:
         load(str(tmp_path / 'own'), cache)
-    assert 'class/*.png|jpg|jpeg' in str(error.value)
+    assert 'class/*.png|jpg|jpeg|webp' in str(error.value)
 
 
 def test_a_folder_with_nothing_to_test_on_is_an_error(tmp_path, cache):
