@@ -26,7 +26,7 @@ def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
     """Returns train and test images by class, from `class/*` or from `train/class/*` and `test/class/*`, and notes.
 
     Raises:
-        DataError: if there are fewer than two classes, or train and test differ in their classes.
+        DataError: if there are fewer than two classes, or if a class of test is not in train.
     """
     images, others = walk(folder)
     test_name = next((name for name in TEST_NAMES if _classes(folder / name, images)), 'test')
@@ -53,7 +53,15 @@ def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
     left_out = others + [path for path in images if path not in used]
     notes = notes_on(folder, left_out, f'class/{IMAGES}')
     if divided:
-        _check_same_classes(folder, splits, test_name)
+        if untrained := [f'{test_name}/{name}' for name in splits['test'].keys() - train.keys()]:
+            raise DataError(
+                f'{shown(folder)} has classes in {test_name}/ that train/ lacks: {some(sorted(untrained))}; '
+                'add train images of them, or remove them'
+            )
+        if untested := [name for name in train if name not in splits['test']]:
+            notes += (
+                f'{len(untested)} of {len(train)} classes have train images but no test images: {some(untested)}',
+            )
         if test_name != 'test':
             notes += (f'there is no test/: the images of {test_name}/ are the test images',)
         return splits, notes
@@ -164,16 +172,6 @@ def _classes(root: Path, images: Sequence[Path]) -> dict[str, list[Path]]:
         if shown(name) != name:
             raise DataError(f'{shown(root / name)} has a name that is no UTF-8; rename it')
     return {name: classes[name] for name in natural_order(classes)}
-
-
-def _check_same_classes(folder: Path, splits: Splits, test_name: str) -> None:
-    train, test = splits['train'].keys(), splits['test'].keys()
-    if train != test:
-        alone = [f'train/{name}' for name in sorted(train - test)]
-        alone += [f'{test_name}/{name}' for name in sorted(test - train)]
-        raise DataError(
-            f'train/ and {test_name}/ of {shown(folder)} must have the same classes; only one of them has {some(alone)}'
-        )
 
 
 def _divide(folder: Path, classes: dict[str, list[Path]]) -> Splits:

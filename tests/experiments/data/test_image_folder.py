@@ -349,11 +349,16 @@ def test_files_that_are_left_out_are_said(folder, cache):
     assert note_with(dataset, 'left out').endswith('cat/deeper/0.png, cat/notes.txt, loose.png')
 
 
-def test_train_and_test_with_other_classes_are_an_error(tmp_path, cache):
+def test_classes_without_train_images_are_an_error_and_classes_without_test_images_are_named(tmp_path, cache):
     for name in ('train/a', 'train/b', 'train/c', 'test/a', 'test/d'):
         write(tmp_path / 'own' / name / '0.png', (1, 2, 3))
-    with pytest.raises(DataError, match='only one of them has train/b, train/c, test/d'):
+    with pytest.raises(DataError, match=r'classes in test/ that train/ lacks: test/d; add train images'):
         load(str(tmp_path / 'own'), cache)
+    (tmp_path / 'own' / 'test' / 'd').rename(tmp_path / 'd')
+    dataset = load(str(tmp_path / 'own'), cache)
+    assert dataset.class_names == ('a', 'b', 'c')
+    assert (counts(dataset.train).tolist(), counts(dataset.test).tolist()) == ([1, 1, 1], [1])
+    assert dataset.notes == ('2 of 3 classes have train images but no test images: b, c',)
 
 
 @pytest.mark.parametrize('files', [[], ['0.png'], ['a/0.png', 'a/1.png'], ['a/b/0.png', 'c/d/0.png']])
