@@ -43,6 +43,8 @@ class Config(DeviceFlags):
     """folder of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
     """arm of the run, such as softmax or center-3; by default the first one with center loss"""
+    skip_unreadable: bool = False
+    """leave out images of a folder that cannot be read, and list them"""
     data_dir: OptionalFolder = None
     """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     out: OptionalFolder = None
@@ -118,12 +120,26 @@ def _images(config: Config, image_shape: list[int], tell: Callable[[str], None])
             raise DataError(f'{shown(folder)} holds no {IMAGES}')
         for note in notes_on(folder, others, IMAGES):
             tell(note)
-        images = np.stack([_read_image(path, (height, width, channels)) for path in paths])
-        return [shown(path.relative_to(folder)) for path in paths], _unlabelled(images)
+        names, images = [], []
+        for path in paths:
+            name = shown(path.relative_to(folder))
+            try:
+                image, _, _ = open_image(path)
+            except Exception as error:  # Pillow has about ten types of errors
+                if not config.skip_unreadable:
+                    cure = 'repair or remove it, or pass --skip-unreadable'
+                    raise DataError(f'{shown(path)} cannot be read; {cure}: {error}') from error
+                tell(f'{name} cannot be read and is left out: {error}')
+                continue
+            names.append(name)
+            images.append(pixels(image, (height, width, channels)))
+        if not images:
+            raise DataError(f'{shown(folder)} holds no image that can be read')
+        return names, _unlabelled(np.stack(images))
     dataset, colon, part = config.images.rpartition(':')
     if not colon or part not in ('train', 'test'):
         raise DataError(f'--images must be a folder, or a dataset followed by :train or :test, got {config.images}')
-    data = load(dataset, config.data_dir, width if width == height else 0)
+    data = load(dataset, config.data_dir, width if width == height else 0, config.skip_unreadable)
     if list(data.image_shape) != image_shape:
         raise RunError(
             f'images of {dataset} are {list(data.image_shape)}, but {config.run} was trained on {image_shape}'
@@ -134,14 +150,6 @@ def _images(config: Config, image_shape: list[int], tell: Callable[[str], None])
 
 def _unlabelled(images: np.ndarray) -> Split:
     return Split(images, np.full(len(images), -1, np.int32))
-
-
-def _read_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
-    try:
-        image, _, _ = open_image(path)
-    except Exception as error:  # Pillow has about ten types of errors
-        raise DataError(f'{shown(path)} cannot be read; repair or remove it: {error}') from error
-    return pixels(image, image_shape)
 
 
 if __name__ == '__main__':

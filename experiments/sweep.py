@@ -56,6 +56,7 @@ class Config(Common, DeviceFlags):
         'out',
         'data_dir',
         'dataset',
+        'skip_unreadable',
         'overwrite',
         'resume',
         'weights',

@@ -5,7 +5,7 @@ No file is left out in silence: what cannot be used is a line that the run print
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.data.digits import held_out
@@ -22,13 +22,18 @@ TEST_NAMES = ('test', 'val', 'valid', 'validation')
 Splits = dict[str, dict[str, list[Path]]]  # split -> class -> files
 
 
-def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
+def find_images(folder: Path, without: Collection[Path] = ()) -> tuple[Splits, tuple[str, ...]]:
     """Returns train and test images by class, from `class/*` or from `train/class/*` and `test/class/*`, and notes.
+
+    Args:
+        folder: The folder of the images.
+        without: Files to leave out, without a note.
 
     Raises:
         DataError: if there are fewer than two classes, or if a class of test is not in train.
     """
     images, others = walk(folder)
+    images = [path for path in images if path not in without]
     test_name = next((name for name in TEST_NAMES if _classes(folder / name, images)), 'test')
     roots = {'train': folder / 'train', 'test': folder / test_name}
     splits = {split: _classes(root, images) for split, root in roots.items()}

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,22 +41,33 @@ ORIENTATIONS = {
 PNG = b'\x89PNG\r\n\x1a\n'
 
 
-def image_folder(folder: Path, data_dir: Path, image_size: int = 0) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
+def image_folder(
+    folder: Path, data_dir: Path, image_size: int = 0, skip_unreadable: bool = False
+) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
     """Returns the images of a folder and notes on them.
 
     Each image size has a copy of its own, which holds images resized from the files. Copies are prepared again when the
     files of the folder change.
+
+    Raises:
+        DataError: if a file cannot be read, unless `skip_unreadable`.
     """
     splits, notes = find_images(folder)
     place, state = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8], stamp(splits)
     size = f'-{image_size}' if image_size else ''
     home = data_dir / 'image_folders' / f'{folder.name}-{place}-{state}{size}'
     copy = home / ImageFolder.name / str(ImageFolder.VERSION)
-    builder = prepare_once(copy, lambda: ImageFolder(folder, splits, image_size, data_dir=home))
+    builder = prepare_once(copy, lambda: ImageFolder(folder, splits, image_size, skip_unreadable, data_dir=home))
     for other in home.parent.iterdir():
         found = re.fullmatch(rf'.*-{place}-([0-9a-f]{{16}})(-\d+)?', other.name)
         if found and found[1] != state:
             shutil.rmtree(other, ignore_errors=True)
+    facts = builder.info.metadata or {}
+    if unreadable := facts.get('unreadable'):
+        if not skip_unreadable:
+            raise _unreadable_error(folder, unreadable)
+        _, notes = find_images(folder, {folder / name for name in unreadable})
+        notes += (f'{len(unreadable)} images cannot be read and are left out:', *_lines(unreadable))
     return builder, (*notes, *builder.info.description.splitlines())
 
 
@@ -64,15 +76,19 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version('2.0.0')
 
-    def __init__(self, folder: Path, splits: Splits, image_size: int, **kwargs):
-        self._folder, self._files = folder, splits
-        self._shape, self._odd, self._notes = _common_form(folder, splits, image_size)
+    def __init__(self, folder: Path, splits: Splits, image_size: int, skip_unreadable: bool, **kwargs):
+        self._folder = folder
+        self._shape, self._odd, self._unreadable, self._notes = _common_form(folder, splits, image_size)
+        if self._unreadable and not skip_unreadable:
+            raise _unreadable_error(folder, self._unreadable)
+        self._files, _ = find_images(folder, {folder / name for name in self._unreadable})
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         # The label file of TFDS has a stripped line for a name, so the names are kept here.
         names = list(self._files['train'])
         facts = {'class_names': names, 'fingerprint': fingerprint(self._folder, self._files)}
+        facts['unreadable'] = self._unreadable
         return classification_info(self, '\n'.join(self._notes), self._shape, len(names), facts)
 
     def _split_generators(self, dl_manager):
@@ -87,44 +103,57 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 yield os.fsencode(path.relative_to(self._folder)), {'image': image, 'label': label}
 
 
-def _common_form(folder: Path, splits: Splits, image_size: int) -> tuple[tuple[int, int, int], set[Path], list[str]]:
-    """Returns the common shape of the images, the files with damaged metadata, and notes. Reads all files."""
+def _common_form(
+    folder: Path, splits: Splits, image_size: int
+) -> tuple[tuple[int, int, int], set[Path], dict[str, str], list[str]]:
+    """Reads all files.
+
+    Returns:
+        The common shape of the images, the files with damaged metadata, the reasons why files cannot be read by their
+        names, and notes.
+    """
     paths = [path for classes in splits.values() for paths in classes.values() for path in paths]
     sizes, modes = collections.Counter(), collections.Counter()
-    transparent, odd, broken = 0, set(), []
+    transparent, odd, unreadable = 0, set(), {}
     for path in paths:
         try:
             image, is_transparent, is_odd = open_image(path)
         except Exception as error:  # Pillow raises some ten types for files that it cannot read
-            broken.append(f'  {shown(path.relative_to(folder))}: {str(error).replace(str(path), path.name)}')
+            unreadable[str(path.relative_to(folder))] = str(error).replace(str(path), path.name)
             continue
         odd |= {path} if is_odd else set()
         sizes[image.size] += 1
         modes[image.mode] += 1
         transparent += is_transparent
-    if broken:
-        more = [f'  and {len(broken) - 3} more'] if len(broken) > 3 else []
-        head = f'{len(broken)} of {len(paths)} images in {shown(folder)} cannot be read, so nothing was prepared:'
-        raise DataError('\n'.join([head, *broken[:3], *more, 'Repair or remove them, and run again.']))
-
-    notes = []
+    notes, count = [], sizes.total()
     size = (image_size, image_size) if image_size else _common_size(sizes)
-    if count := len(paths) - sizes[size]:
-        notes.append(f'{count} of {len(paths)} images were stretched to {size[0]}x{size[1]} pixels')
+    if stretched := count - sizes[size]:
+        notes.append(f'{stretched} of {count} images were stretched to {size[0]}x{size[1]} pixels')
     mode = 'RGB' if modes['RGB'] else 'L'
     if mode == 'RGB' and modes['L']:
-        notes.append(f'{modes["L"]} of {len(paths)} images are grey among coloured ones and were made coloured')
+        notes.append(f'{modes["L"]} of {count} images are grey among coloured ones and were made coloured')
     if transparent:
-        notes.append(f'{transparent} of {len(paths)} images have transparent parts, which were laid on white')
+        notes.append(f'{transparent} of {count} images have transparent parts, which were laid on white')
     if odd:
-        notes.append(f'{len(odd)} of {len(paths)} images have damaged metadata, which was left out')
+        notes.append(f'{len(odd)} of {count} images have damaged metadata, which was left out')
     width, height = size
-    return (height, width, 3 if mode == 'RGB' else 1), odd, notes
+    return (height, width, 3 if mode == 'RGB' else 1), odd, unreadable, notes
+
+
+def _unreadable_error(folder: Path, unreadable: Mapping[str, str]) -> DataError:
+    more = [f'  and {len(unreadable) - 3} more'] if len(unreadable) > 3 else []
+    head = f'{len(unreadable)} images in {shown(folder)} cannot be read, so nothing was prepared:'
+    cure = 'Repair or remove them, or pass --skip-unreadable to leave them out.'
+    return DataError('\n'.join([head, *_lines(unreadable)[:3], *more, cure]))
+
+
+def _lines(unreadable: Mapping[str, str]) -> list[str]:
+    return [f'  {shown(name)}: {reason}' for name, reason in unreadable.items()]
 
 
 def _common_size(sizes: collections.Counter) -> tuple[int, int]:
     """Returns the most frequent size, or a small one if fewer than half of the images have it."""
-    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]))
+    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]), default=(FALLBACK_SIZE, 0))
     return size if 2 * count >= sizes.total() else FALLBACK_SIZE
 
 

@@ -54,7 +54,7 @@ class Dataset:
         return self.train.image_shape
 
 
-def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dataset:
+def load(dataset: str, data_dir: Path | None = None, image_size: int = 0, skip_unreadable: bool = False) -> Dataset:
     """Reads a dataset, and prepares it first if it is not there.
 
     Args:
@@ -62,6 +62,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
             or `train/class/*` and `test/class/*`.
         data_dir: where prepared sets are; by default a folder in the user's cache.
         image_size: width and height that images are brought to; 0 leaves them as they are.
+        skip_unreadable: leaves out images of a folder that cannot be read, with a note for each.
 
     Raises:
         DataError: with what is wrong and what to do, in one to ten lines.
@@ -73,12 +74,14 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
     except RuntimeError as error:  # nobody has that home
         raise DataError(f'{wanted} has no place ({error}); pass another --data-dir') from error
     try:
-        return _dataset(*_builder(dataset, data_dir, image_size), image_size)
+        return _dataset(*_builder(dataset, data_dir, image_size, skip_unreadable), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}') from error
 
 
-def _builder(dataset: str, data_dir: Path, image_size: int) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
+def _builder(
+    dataset: str, data_dir: Path, image_size: int, skip_unreadable: bool
+) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
     """Returns the name of a dataset, the builder of its prepared copy, and notes.
 
     A name wins over a folder: `./mnist` is the folder.
@@ -91,7 +94,7 @@ def _builder(dataset: str, data_dir: Path, image_size: int) -> tuple[str, tfds.c
     if name in catalogue:
         return dataset, prepare.public(dataset, data_dir), ()
     if folder.is_dir():
-        return shown(folder.name), *image_folder(folder, data_dir, image_size)
+        return shown(folder.name), *image_folder(folder, data_dir, image_size, skip_unreadable)
     if copy := tfds_cache.find(dataset, data_dir):
         return dataset, copy, ()
     near = difflib.get_close_matches(name, ['digits', *catalogue], n=3)

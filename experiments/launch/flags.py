@@ -53,7 +53,7 @@ class Common:
 
     PROGRAM: ClassVar[str]
     # Flags that may change on --resume. For the dataset, the fingerprint of the data is compared instead.
-    FREE: ClassVar[tuple[str, ...]] = ('dataset', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
+    FREE: ClassVar[tuple[str, ...]] = ('dataset', 'skip_unreadable', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
 
     dataset: str = 'digits'
     """a dataset of TFDS, such as mnist or cifar10; digits, which needs no download; or a folder of images"""
@@ -61,6 +61,8 @@ class Common:
     """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
     """width and height in pixels to which all images are resized; 0 keeps their size"""
+    skip_unreadable: bool = False
+    """leave out images of a folder that cannot be read, and list them"""
     out: Folder = Path('runs')
     """folder for the files of the run"""
     model: Literal['small', 'lenets++'] = 'small'

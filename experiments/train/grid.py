@@ -77,7 +77,7 @@ class Task(NamedTuple):
 
 def load_open_set(settings: Common, held_out: str) -> OpenSet:
     """Loads the dataset of a sweep, divided into known and held-out classes."""
-    data = load(settings.dataset, settings.data_dir, settings.image_size)
+    data = load(settings.dataset, settings.data_dir, settings.image_size, settings.skip_unreadable)
     open_set = divide(data, held_out)
     notes = (data.overview, *data.notes, *open_set.known.notes)
     return dataclasses.replace(open_set, known=dataclasses.replace(open_set.known, notes=notes))

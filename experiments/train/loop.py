@@ -77,7 +77,8 @@ class Job:
 
     def load(self) -> Dataset:
         """Loads the dataset and prints its notes."""
-        data = load(self.settings.dataset, self.settings.data_dir, self.settings.image_size)
+        settings = self.settings
+        data = load(settings.dataset, settings.data_dir, settings.image_size, settings.skip_unreadable)
         for note in (data.overview, *data.notes):
             self.tell(note)
         return data

@@ -112,6 +112,22 @@ def test_copies_of_two_sizes_are_kept_until_the_files_change(tmp_path, cache):
     assert len([*cache.glob('image_folders/*')]) == 1
 
 
+def test_predict_leaves_out_unreadable_files_if_it_may(tmp_path):
+    root = classes(tmp_path / 'own', 'cat')
+    (root / 'cat' / 'broken.png').touch()
+    with pytest.raises(DataError, match=r'broken\.png cannot be read; .*--skip-unreadable'):
+        predicted(root)
+    said = []
+    config = predict.Config(images=str(root), skip_unreadable=True)
+    names, split = predict._images(config, [8, 8, 1], said.append)
+    assert (names, len(split)) == (['cat/0.png', 'cat/1.png'], 2)
+    assert said[0].startswith('cat/broken.png cannot be read and is left out: ')
+    for path in root.rglob('[01].png'):
+        path.unlink()
+    with pytest.raises(DataError, match='no image that can be read'):
+        predict._images(config, [8, 8, 1], said.append)
+
+
 def test_predict_names_the_files_that_it_leaves_out(tmp_path):
     root = classes(tmp_path / 'own', 'cat')
     (root / 'notes.txt').touch()

@@ -311,20 +311,40 @@ def test_unreadable_files_are_named_and_nothing_is_prepared(folder, cache):
     for number in range(5):
         (folder / 'cat' / f'broken{number}.png').write_bytes(b'no image')
     for _ in ('first', 'again'):
-        with pytest.raises(DataError, match=r'5 of 20 images in .* cannot be read') as error:
+        with pytest.raises(DataError, match=r'5 images in .* cannot be read') as error:
             load(str(folder), cache)
         message = str(error.value)
         assert 'cat/broken0.png: ' in message
         assert 'and 2 more' in message
         assert len(message.splitlines()) <= 10
+        assert '--skip-unreadable' in message
     assert not list(cache.rglob('*.array_record*'))
+
+
+def test_unreadable_files_may_be_left_out_with_a_list(folder, cache):
+    for number in range(5):
+        (folder / 'cat' / f'broken{number}.png').write_bytes(b'no image')
+    (folder / 'bird').mkdir()
+    (folder / 'bird' / 'broken.png').touch()
+    for _ in ('prepared', 'read again'):
+        dataset = load(str(folder), cache, skip_unreadable=True)
+        assert dataset.class_names == ('cat', 'dog')
+        assert (counts(dataset.train).tolist(), counts(dataset.test).tolist()) == ([8, 4], [2, 1])
+        at = dataset.notes.index('6 images cannot be read and are left out:')
+        names = [line.partition(':')[0] for line in dataset.notes[at + 1 : at + 7]]
+        assert names == ['  bird/broken.png', *(f'  cat/broken{number}.png' for number in range(5))]
+        with pytest.raises(DataError, match='--skip-unreadable'):
+            load(str(folder), cache)
+    for path in folder.glob('*/broken*'):
+        path.unlink()
+    assert load(str(folder), cache).fingerprint == dataset.fingerprint
 
 
 def test_a_file_cut_short_and_a_broken_link_are_unreadable(folder, cache):
     cut = write(folder / 'dog' / 'cut.jpg', (1, 2, 3), size=(60, 40))
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     os.symlink(folder / 'nowhere', folder / 'cat' / 'link.png')
-    with pytest.raises(DataError, match='2 of 17 images') as error:
+    with pytest.raises(DataError, match='2 images in') as error:
         load(str(folder), cache)
     assert 'dog/cut.jpg' in str(error.value)
     assert 'cat/link.png' in str(error.value)
