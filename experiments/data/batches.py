@@ -28,18 +28,18 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Returns batches without end, in another order each epoch; `get_state` and `set_state` continue exactly.
 
-    The last batch of an epoch is filled up with zeros and the label -1, so that
-    shapes never change. `batch_size` is that of all processes together: each one gets its share of the same
+    The last batch of an epoch is filled up with its own images and the label -1, so that shapes never change and
+    BatchNorm sees no other images. `batch_size` is that of all processes together: each one gets its share of the same
     batches, `batch_size / process_count` examples, so that their number does not change what a run sees.
     """
-    own, size = process_slice(batch_size, process_index, process_count)
+    own, _ = process_slice(batch_size, process_index, process_count)
     steps = steps_of(split, batch_size)
     orders = grain.MapDataset.range(1).seed(seed).random_map(lambda _, rng: rng.permutation(len(split))).repeat()
     order = functools.lru_cache(maxsize=2)(orders.__getitem__)  # by epoch; threads may be in two of them
 
     def batch(index: int, step: int) -> Batch:
         indices = np.asarray(order(index // steps))[step * batch_size : (step + 1) * batch_size]
-        return _take(split, indices[own], size)
+        return _take(split, indices, own, batch_size)
 
     return iter(grain.MapDataset.range(steps).repeat().map_with_index(batch).to_iter_dataset(READ_OPTIONS))
 
@@ -48,9 +48,9 @@ def eval_batches(
     split: Split | LazySplit, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """Returns all examples once in order. The last batch is padded, and each batch is split as in training."""
-    own, size = process_slice(batch_size, process_index, process_count)
+    own, _ = process_slice(batch_size, process_index, process_count)
     order = grain.MapDataset.range(len(split)).batch(batch_size, batch_fn=np.asarray)
-    return iter(order.map(lambda indices: _take(split, indices[own], size)).to_iter_dataset(READ_OPTIONS))
+    return iter(order.map(lambda indices: _take(split, indices, own, batch_size)).to_iter_dataset(READ_OPTIONS))
 
 
 def process_slice(
@@ -63,10 +63,10 @@ def process_slice(
     return slice(process_index * size, (process_index + 1) * size), size
 
 
-def _take(split: Split | LazySplit, indices: np.ndarray, size: int) -> Batch:
-    images, labels = split.take(indices)
-    missing = size - len(labels)
-    if missing:
-        images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
-        labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])
-    return images, labels
+def _take(split: Split | LazySplit, indices: np.ndarray, own: slice, batch_size: int) -> Batch:
+    """Returns a process's part of a batch, which is filled up with its first examples and the label -1."""
+    if len(indices) == batch_size:
+        return split.take(indices[own])
+    places, repeated = np.unique(np.resize(np.arange(len(indices)), batch_size)[own], return_inverse=True)
+    images, labels = split.take(indices[places])
+    return images[repeated], np.where(np.arange(batch_size)[own] < len(indices), labels[repeated], -1)
