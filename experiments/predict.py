@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from flax import linen as nn
 
 from experiments.data.image_files import IMAGES, notes_on, shown, walk
 from experiments.data.image_folder import open_image
@@ -21,11 +22,12 @@ from experiments.launch import cli, output, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags, Folder, OptionalFolder
 from experiments.launch.mesh import choose
+from experiments.launch.network import check_network, find_network
 from experiments.launch.run_folder import CHECKPOINTS, RunError, check_folder, read_config
 from experiments.plots.contact_sheet import draw_contact_sheet
-from experiments.train.checkpoint import saved_params
+from experiments.train.checkpoint import saved_state
 from experiments.train.evaluate import embed, nearest
-from experiments.train.model import Classifier
+from experiments.train.model import TRUNKS, Classifier
 from experiments.train.step import create_state
 from experiments.train.thresholds import read_known
 
@@ -43,6 +45,8 @@ class Config(DeviceFlags):
     """folder of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
     """arm of the run, such as softmax or center-3; by default the first one with center loss"""
+    model: str = ''
+    """network of the run, package.module:Class, if it is one of your own; no run makes a module be imported"""
     skip_unreadable: bool = False
     """leave out images of a folder that cannot be read, and list them"""
     data_dir: OptionalFolder = None
@@ -63,10 +67,11 @@ def main(config: Config) -> None:
     if arm not in thresholds:
         raise RunError(f'--arm {arm} is not in {config.run}, which has {", ".join(thresholds)}')
     settings = read_config(config.run, 'image_shape', 'num_classes')
+    network = _network(config, settings['model'])
     out = _folder(config)
     names, split = _images(config, settings['image_shape'], tell)
     devices = config.start()
-    state = restored(settings, config.run / CHECKPOINTS / arm, arm)
+    state = restored(settings, config.run / CHECKPOINTS / arm, arm, network)
     features, _, _ = embed(state, split, devices)
     if not processes.is_main_process():
         return
@@ -100,12 +105,29 @@ def _folder(config: Config) -> Path:
     return out
 
 
-def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
-    """Restores the parameters and centers of an arm, without the state of the optimizer."""
-    saved = saved_params(folder, arm)
-    model = Classifier(settings['model'], settings['feature_dim'], settings['num_classes'])
-    state = create_state(model, tuple(settings['image_shape']), 0, 1.0, 0.0, choose('none'))
-    return state.replace(params=saved)
+def _network(config: Config, saved: str) -> str | type[nn.Module]:
+    """Returns the network of the run, which only --model may import."""
+    if config.model != saved and (config.model or saved not in TRUNKS):
+        given = f'--model is {config.model}' if config.model else '--model is missing'
+        raise RunError(f'{given}, but {config.run} was trained with --model {saved}; pass that value')
+    return find_network(config.model) if config.model else saved
+
+
+def restored(settings: dict[str, Any], folder: Path, arm: str = '', network: str | type[nn.Module] = '') -> Any:
+    """Restores the parameters, collections and centers of an arm, without the state of the optimizer.
+
+    Args:
+        settings: The config.json of the run.
+        folder: The folder of the saves of the arm.
+        arm: The arm, to check that the save is one of it.
+        network: The class of a network of the user's, which is not imported for the settings.
+    """
+    saved = saved_state(folder, arm)
+    model = Classifier(network or settings['model'], settings['feature_dim'], settings['num_classes'])
+    image_shape = tuple(settings['image_shape'])
+    check_network(model, image_shape, np.uint8, settings['model'])
+    state = create_state(model, image_shape, 0, 1.0, 0.0, choose('none'))
+    return state.replace(params=saved['params'], collections=saved.get('collections') or {})
 
 
 def _images(config: Config, image_shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:

@@ -29,22 +29,31 @@ def flag(name: str) -> str:
     return '--' + name.replace('_', '-')
 
 
-def _parse_folder(words: list[str]) -> Path:
+def _is_class_name(model: str) -> bool:
+    """Returns whether `model` has the form `package.module:Class`."""
+    module, _, name = model.partition(':')
+    return all(part.isidentifier() for part in (*module.split('.'), name))
+
+
+def _parse_path(words: list[str]) -> Path:
     if not words[0]:
-        raise ValueError("'' is no folder; for the current directory give .")
+        raise ValueError("'' is no path; for the current directory give .")
     return Path(words[0])
 
 
 # Path('') is the current directory, so that an unset shell variable must be found before the dataclass is made.
-_FOLDER = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar='FOLDER',
-    instance_from_str=_parse_folder,
-    is_instance=lambda value: value is None or isinstance(value, Path),
-    str_from_instance=lambda value: [str(value)],
-)
-Folder = Annotated[Path, _FOLDER]
-OptionalFolder = Annotated[Path | None, _FOLDER]
+def _path(metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=_parse_path,
+        is_instance=lambda value: value is None or isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Folder = Annotated[Path, _path('FOLDER')]
+OptionalFolder = Annotated[Path | None, _path('FOLDER')]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +74,8 @@ class Common:
     """leave out images of a folder that cannot be read, and list them"""
     out: Folder = Path('runs')
     """folder for the files of the run"""
-    model: Literal['small', 'lenets++'] = 'small'
-    """network: a small CNN, or the LeNets++ of the paper, which is slow on a CPU"""
+    model: str = 'small'
+    """network: small, a CNN; lenets++ of the paper; or package.module:Class, in Linen"""
     feature_dim: int = 2
     """number of feature dimensions; pictures show 2, by PCA if there are more"""
     epochs: int = 30
@@ -86,6 +95,8 @@ class Common:
         for name in ('feature_dim', 'epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if self.model not in TRUNKS and not _is_class_name(self.model):
+            raise FlagError(f'--model must be {", ".join(TRUNKS)} or package.module:Class, got {self.model}')
         if not self.dataset:
             raise FlagError("--dataset '' is neither a dataset nor a folder; for the current directory give .")
         if self.image_size < 0:
@@ -99,14 +110,15 @@ class Common:
 
     def check_data(self, train_examples: int, image_shape: tuple[int, ...]) -> None:
         """Raises DataError if the network cannot be trained on such data."""
-        channels, _ = TRUNKS[self.model]
-        height, width, _ = image_shape
-        smallest = 2 ** len(channels)
-        if min(height, width) < smallest:
-            raise DataError(
-                f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs at least '
-                f'{smallest}x{smallest}; pass --image-size {smallest} or more'
-            )
+        if self.model in TRUNKS:
+            channels, _ = TRUNKS[self.model]
+            height, width, _ = image_shape
+            smallest = 2 ** len(channels)
+            if min(height, width) < smallest:
+                raise DataError(
+                    f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs at '
+                    f'least {smallest}x{smallest}; pass --image-size {smallest} or more'
+                )
         if self.batch_size > max(train_examples, LARGEST_PADDED_BATCH):
             raise DataError(
                 f'--batch-size is {self.batch_size}, but {self.dataset} has only {train_examples} train examples; '

@@ -14,13 +14,13 @@ from typing import Any, Protocol, TypeVar
 import grain
 import jax
 import numpy as np
-from flax.training.train_state import TrainState
 
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import Dataset, load
 from experiments.launch import output, processes
 from experiments.launch.flags import Settings
 from experiments.launch.mesh import Devices
+from experiments.launch.network import check_network, find_network
 from experiments.launch.run_folder import (
     CHECKPOINTS,
     KNOWN,
@@ -38,7 +38,7 @@ from experiments.launch.stopping import Stop
 from experiments.train.checkpoint import RECIPE, Checkpoints, newest
 from experiments.train.logging import Progress, Scalars, traced
 from experiments.train.model import Classifier
-from experiments.train.step import Metrics, Tally, create_state, train_step
+from experiments.train.step import Metrics, Tally, TrainState, create_state, train_step
 
 Result = TypeVar('Result')
 
@@ -76,8 +76,9 @@ class Job:
         return finished
 
     def load(self) -> Dataset:
-        """Loads the dataset and prints its notes."""
+        """Imports the network, loads the dataset and prints its notes."""
         settings = self.settings
+        self.network = find_network(settings.model)
         data = load(settings.dataset, settings.data_dir, settings.image_size, settings.skip_unreadable)
         for note in (data.overview, *data.notes):
             self.tell(note)
@@ -87,7 +88,11 @@ class Job:
         """Starts or resumes the run on this data."""
         self.data = data
         self.steps = steps_of(data.train, self.settings.batch_size)
-        facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}
+        facts = {
+            'num_classes': data.num_classes,
+            'image_shape': data.image_shape,
+            'train_examples': len(data.train),
+        }
         if self.run.resumed:
             self._check_columns()
             self._check_centers()
@@ -97,6 +102,8 @@ class Job:
                 epochs, out = self.settings.epochs, self.run.out
                 raise RunError(f'--epochs is {epochs}, but the run in {out} has more epochs already')
         self.settings.check_data(len(data.train), data.image_shape)
+        self.model = Classifier(self.network, self.settings.feature_dim, data.num_classes)
+        check_network(self.model, data.image_shape, np.uint8, self.settings.model)
         self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings}, data.identity)
 
     def _check_columns(self) -> None:
@@ -139,7 +146,6 @@ class Job:
             The result of each arm, by name.
         """
         settings = self.settings
-        model = Classifier(settings.model, settings.feature_dim, self.data.num_classes)
         step = self.devices.compile(train_step)
         resume = dataclasses.replace(settings, resume=True, overwrite=False).command()
         traces = settings.profile and processes.is_main_process()
@@ -148,7 +154,12 @@ class Job:
         with Progress(self.console) as progress, Stop(resume) as stop, profile as step:
             for arm in arms:
                 placed = create_state(
-                    model, self.data.image_shape, arm.seed, settings.learning_rate, settings.alpha, self.devices
+                    self.model,
+                    self.data.image_shape,
+                    arm.seed,
+                    settings.learning_rate,
+                    settings.alpha,
+                    self.devices,
                 )
                 initial = self.devices.fetch(placed)
                 folder = self.run.out / CHECKPOINTS / arm.name

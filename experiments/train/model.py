@@ -4,6 +4,8 @@ The classifier has no bias and the features have no activation. So the softmax s
 as in the star of the paper's Fig. 2.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -33,7 +35,7 @@ TRUNKS = {'small': ((32, 64), 3), 'lenets++': ((32, 64, 128), 5)}
 class Classifier(nn.Module):
     """A trunk, D features, C logits, and the center loss of the features if labels are given."""
 
-    trunk: str
+    trunk: str | type[nn.Module]  # a name in TRUNKS, or a network of the user's that returns features
     feature_dim: int
     num_classes: int
 
@@ -47,9 +49,21 @@ class Classifier(nn.Module):
             axis_name: The mapped axis of the batch under pmap.
         """
         x = images.astype(jnp.float32) / 127.5 - 1
-        features = nn.Dense(self.feature_dim, name='features')(Stages(*TRUNKS[self.trunk])(x))
+        if isinstance(self.trunk, str):
+            features = nn.Dense(self.feature_dim, name='features')(Stages(*TRUNKS[self.trunk])(x))
+        else:
+            features = self._custom(x, train=labels is not None)
         logits = nn.Dense(self.num_classes, use_bias=False, name='logits')(features)
         if labels is None:
             return features, logits
         center = clj.linen.CenterLoss(self.num_classes, name='center')
         return features, logits, *center(features, labels, axis_name=axis_name)
+
+    def _custom(self, x: Array, train: bool) -> Array:
+        """Returns the features of a network of the user's, in float32."""
+        build: Any = self.trunk
+        features = build(feature_dim=self.feature_dim, name='network')(x, train=train)
+        shape, wanted = getattr(features, 'shape', None), (len(x), self.feature_dim)
+        if shape != wanted:
+            raise ValueError(f'the features must have the shape {wanted}, got {shape or type(features).__name__}')
+        return features.astype(jnp.float32)
