@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import linen as nn
 
+from experiments.data.arrays import Standardization, is_array_file, read_arrays, read_examples
 from experiments.data.image_files import IMAGES, notes_on, shown, walk
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
@@ -23,7 +24,7 @@ from experiments.launch.atomic_files import write_table
 from experiments.launch.flags import DeviceFlags, Folder, OptionalFolder
 from experiments.launch.mesh import choose
 from experiments.launch.network import check_network, find_network
-from experiments.launch.run_folder import CHECKPOINTS, RunError, check_folder, read_config
+from experiments.launch.run_folder import CHECKPOINTS, INPUTS, RunError, check_folder, read_config
 from experiments.plots.contact_sheet import draw_contact_sheet
 from experiments.train.checkpoint import saved_state
 from experiments.train.evaluate import embed, nearest
@@ -33,6 +34,7 @@ from experiments.train.thresholds import read_known
 
 UNKNOWN = 'unknown'
 _TABLE, _PICTURE = 'predictions.csv', 'predictions.png'
+_SPLITS = 'train', 'test'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Config(DeviceFlags):
     """Images, the network that labels them, and where the predictions go."""
 
     images: str
-    """a folder with PNG, JPEG or WebP files at any depth, or a split of a dataset, such as digits:test"""
+    """a folder with PNG, JPEG or WebP files at any depth; a split of a dataset, such as digits:test; or a .npz file"""
     run: Folder = Path('runs/toy2d')
     """folder of a finished run of experiments.toy2d or experiments.verification"""
     arm: str = ''
@@ -69,7 +71,8 @@ def main(config: Config) -> None:
     settings = read_config(config.run, 'image_shape', 'num_classes')
     network = _network(config, settings['model'])
     out = _folder(config)
-    names, split = _images(config, settings['image_shape'], tell)
+    is_image = settings.get('dtype', 'uint8') == 'uint8'
+    names, split = (_images if is_image else _arrays)(config, settings['image_shape'], tell)
     devices = config.start()
     state = restored(settings, config.run / CHECKPOINTS / arm, arm, network)
     features, _, _ = embed(state, split, devices)
@@ -90,8 +93,10 @@ def main(config: Config) -> None:
     write_table(out / _TABLE, rows)
     captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
     title = f'{config.images}: nearest center and distance, unknown beyond {thresholds[arm]:.3g}'
-    draw_contact_sheet(out / _PICTURE, split.images, captions, unknown, title=title)
-    tell(f'{len(rows)} images, {unknown.sum()} of them unknown; wrote {out / _PICTURE}')
+    if is_image:
+        draw_contact_sheet(out / _PICTURE, split.images, captions, unknown, title=title)
+    kind, written = ('images', _PICTURE) if is_image else ('examples', _TABLE)
+    tell(f'{len(rows)} {kind}, {unknown.sum()} of them unknown; wrote {out / written}')
 
 
 def _folder(config: Config) -> Path:
@@ -124,9 +129,9 @@ def restored(settings: dict[str, Any], folder: Path, arm: str = '', network: str
     """
     saved = saved_state(folder, arm)
     model = Classifier(network or settings['model'], settings['feature_dim'], settings['num_classes'])
-    image_shape = tuple(settings['image_shape'])
-    check_network(model, image_shape, np.uint8, settings['model'])
-    state = create_state(model, image_shape, 0, 1.0, 0.0, choose('none'))
+    image_shape, dtype = tuple(settings['image_shape']), settings.get('dtype', 'uint8')
+    check_network(model, image_shape, dtype, settings['model'])
+    state = create_state(model, image_shape, 0, 1.0, 0.0, choose('none'), dtype)
     return state.replace(params=saved['params'], collections=saved.get('collections') or {})
 
 
@@ -159,7 +164,9 @@ def _images(config: Config, image_shape: list[int], tell: Callable[[str], None])
             raise DataError(f'{shown(folder)} holds no image that can be read')
         return names, _unlabelled(np.stack(images))
     dataset, colon, part = config.images.rpartition(':')
-    if not colon or part not in ('train', 'test'):
+    if is_array_file(config.images) or is_array_file(dataset):
+        raise RunError(f'{config.images} has arrays, but {config.run} was trained on images; pass images')
+    if not colon or part not in _SPLITS:
         raise DataError(f'--images must be a folder, or a dataset followed by :train or :test, got {config.images}')
     data = load(dataset, config.data_dir, width if width == height else 0, config.skip_unreadable)
     if list(data.image_shape) != image_shape:
@@ -168,6 +175,24 @@ def _images(config: Config, image_shape: list[int], tell: Callable[[str], None])
         )
     split = getattr(data, part)
     return [f'{config.images}:{index}' for index in range(len(split))], _unlabelled(split.take(range(len(split)))[0])
+
+
+def _arrays(config: Config, shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:
+    """Returns names for the examples of a .npz file, and the examples as the run standardizes them, without labels."""
+    del tell
+    dataset, _, part = config.images.rpartition(':')
+    if is_array_file(dataset) and part in _SPLITS:
+        x = getattr(read_arrays(Path(dataset).expanduser()), part).images
+    elif is_array_file(config.images):
+        x = read_examples(Path(config.images).expanduser())
+    else:
+        raise RunError(f'{config.run} was trained on arrays; pass --images file.npz or file.npz:test')
+    if list(x.shape[1:]) != shape:
+        raise RunError(
+            f'an example of {config.images} has the shape {list(x.shape[1:])}, but {config.run} was trained on {shape}'
+        )
+    examples = Standardization.read(config.run / INPUTS)(x)
+    return [f'{config.images}:{index}' for index in range(len(x))], _unlabelled(examples)
 
 
 def _unlabelled(images: np.ndarray) -> Split:

@@ -135,7 +135,7 @@ def main(config: Config) -> None:
     open_set = load_open_set(config, config.held_out)
     for note in open_set.known.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    config.check_data(len(open_set.known.train), open_set.known.image_shape)
+    config.check_data(len(open_set.known.train), open_set.known.image_shape, open_set.known.dtype)
     facts = {'num_classes': open_set.known.num_classes, 'train_examples': len(open_set.known.train)}
     if run.resumed:
         run.check({**config.decisive(), **facts})

@@ -27,7 +27,7 @@ MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 class Split:
     """Examples in memory."""
 
-    images: np.ndarray  # [N, H, W, K] uint8
+    images: np.ndarray  # [N, H, W, K] uint8, or [N, ...] of another dtype from a .npz file
     labels: np.ndarray  # [N] int32; -1 is no label
 
     def __len__(self) -> int:

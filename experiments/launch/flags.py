@@ -65,7 +65,7 @@ class Common:
     FREE: ClassVar[tuple[str, ...]] = ('dataset', 'skip_unreadable', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
 
     dataset: str = 'digits'
-    """a dataset of TFDS, such as mnist or cifar10; digits, which needs no download; or a folder of images"""
+    """a dataset of TFDS, such as mnist; digits, which needs no download; a folder of images; or a .npz file"""
     data_dir: OptionalFolder = None
     """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
@@ -75,7 +75,7 @@ class Common:
     out: Folder = Path('runs')
     """folder for the files of the run"""
     model: str = 'small'
-    """network: small, a CNN; lenets++ of the paper; or package.module:Class, in Linen"""
+    """network: small, a CNN, or an MLP for a .npz file; lenets++ of the paper; or package.module:Class, in Linen"""
     feature_dim: int = 2
     """number of feature dimensions; pictures show 2, by PCA if there are more"""
     epochs: int = 30
@@ -108,9 +108,9 @@ class Common:
         if self.resume and self.overwrite:
             raise FlagError('--resume continues a run and --overwrite replaces it; pass only one of them')
 
-    def check_data(self, train_examples: int, image_shape: tuple[int, ...]) -> None:
+    def check_data(self, train_examples: int, image_shape: tuple[int, ...], dtype: str) -> None:
         """Raises DataError if the network cannot be trained on such data."""
-        if self.model in TRUNKS:
+        if dtype == 'uint8' and self.model in TRUNKS:
             channels, _ = TRUNKS[self.model]
             height, width, _ = image_shape
             smallest = 2 ** len(channels)
@@ -119,6 +119,8 @@ class Common:
                     f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs at '
                     f'least {smallest}x{smallest}; pass --image-size {smallest} or more'
                 )
+        if dtype != 'uint8' and self.model == 'lenets++':
+            raise DataError(f'--model lenets++ takes images, but {self.dataset} has arrays; pass --model small')
         if self.batch_size > max(train_examples, LARGEST_PADDED_BATCH):
             raise DataError(
                 f'--batch-size is {self.batch_size}, but {self.dataset} has only {train_examples} train examples; '

@@ -171,7 +171,9 @@ class Trainer:
         task, devices, known = self._task, self._devices, self._open_set.known
         settings, model = task.settings, self._model(cell.feature_dim)
         start = time.perf_counter()
-        state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
+        state = create_state(
+            model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices, known.dtype
+        )
         process = jax.process_index(), jax.process_count()
         batches = train_batches(known.train, settings.batch_size, cell.seed, *process)
         steps = steps_of(known.train, settings.batch_size)

@@ -15,6 +15,7 @@ import grain
 import jax
 import numpy as np
 
+from experiments.data.arrays import is_array_file
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import Dataset, load
 from experiments.launch import output, processes
@@ -23,6 +24,7 @@ from experiments.launch.mesh import Devices
 from experiments.launch.network import check_network, find_network
 from experiments.launch.run_folder import (
     CHECKPOINTS,
+    INPUTS,
     KNOWN,
     METRICS,
     PROFILE,
@@ -70,7 +72,8 @@ class Job:
     def finished(self, *names: str) -> bool:
         """Returns whether the run and the files `names` are complete. If so, prints a line."""
         settings = {**self.settings.decisive(), 'dataset': self.settings.dataset, 'epochs': self.settings.epochs}
-        finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *names))
+        inputs = (INPUTS,) if is_array_file(self.settings.dataset) else ()
+        finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *inputs, *names))
         if finished:
             self.tell(f'the run is finished; see {self.run.out / "report.html"}')
         return finished
@@ -91,6 +94,7 @@ class Job:
         facts = {
             'num_classes': data.num_classes,
             'image_shape': data.image_shape,
+            'dtype': data.dtype,
             'train_examples': len(data.train),
         }
         if self.run.resumed:
@@ -101,10 +105,12 @@ class Job:
             if newest(self.run.out / CHECKPOINTS) > self.settings.epochs * self.steps:
                 epochs, out = self.settings.epochs, self.run.out
                 raise RunError(f'--epochs is {epochs}, but the run in {out} has more epochs already')
-        self.settings.check_data(len(data.train), data.image_shape)
+        self.settings.check_data(len(data.train), data.image_shape, data.dtype)
         self.model = Classifier(self.network, self.settings.feature_dim, data.num_classes)
-        check_network(self.model, data.image_shape, np.uint8, self.settings.model)
+        check_network(self.model, data.image_shape, data.dtype, self.settings.model)
         self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings}, data.identity)
+        if data.standardization and processes.is_main_process():
+            data.standardization.save(self.run.out / INPUTS)
 
     def _check_columns(self) -> None:
         """Raises RunError if metrics.csv of the resumed run lacks a column that this version writes."""
@@ -160,6 +166,7 @@ class Job:
                     settings.learning_rate,
                     settings.alpha,
                     self.devices,
+                    self.data.dtype,
                 )
                 initial = self.devices.fetch(placed)
                 folder = self.run.out / CHECKPOINTS / arm.name

@@ -28,8 +28,25 @@ class Stages(nn.Module):
         return x.reshape(x.shape[0], -1)
 
 
+class HiddenLayers(nn.Module):
+    """Dense layers with PReLU, for examples that are no images."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x.reshape(len(x), -1)
+        for width in self.widths:
+            x = nn.PReLU(negative_slope_init=0.25)(nn.Dense(width)(x))
+        return x
+
+
 # LeNets++ is in the paper's Table 1. The small trunk is for CPUs, where XLA's convolutions are slow.
 TRUNKS = {'small': ((32, 64), 3), 'lenets++': ((32, 64, 128), 5)}
+
+
+# The small trunk for the arrays of a .npz file.
+WIDTHS = (128, 128)
 
 
 class Classifier(nn.Module):
@@ -44,13 +61,15 @@ class Classifier(nn.Module):
         """Returns (features, logits), and with labels also (center loss, rows).
 
         Args:
-            images: `[B, H, W, K]` uint8.
+            images: `[B, H, W, K]` uint8, or standardized examples `[B, ...]` float32.
             labels: `[B]`, integers.
             axis_name: The mapped axis of the batch under pmap.
         """
-        x = images.astype(jnp.float32) / 127.5 - 1
+        is_image = images.dtype == jnp.uint8
+        x = images.astype(jnp.float32) / 127.5 - 1 if is_image else images
         if isinstance(self.trunk, str):
-            features = nn.Dense(self.feature_dim, name='features')(Stages(*TRUNKS[self.trunk])(x))
+            trunk = Stages(*TRUNKS[self.trunk]) if is_image else HiddenLayers(WIDTHS)
+            features = nn.Dense(self.feature_dim, name='features')(trunk(x))
         else:
             features = self._custom(x, train=labels is not None)
         logits = nn.Dense(self.num_classes, use_bias=False, name='logits')(features)

@@ -31,12 +31,13 @@ def create_state(
     learning_rate: float,
     alpha: float,
     devices: Devices,
+    dtype: Any = 'uint8',
 ) -> TrainState:
     """Returns the state before the first step, placed on the devices."""
     key, dropout_key = jax.random.key(seed), None
     if not isinstance(model.trunk, str):
         dropout_key = jax.random.key_data(jax.random.fold_in(key, 1))
-    images, labels = jnp.zeros((1, *image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
+    images, labels = jnp.zeros((1, *image_shape), dtype), jnp.zeros(1, jnp.int32)
     variables = initial_variables(model, key, images, labels)
     params = {name: variables.pop(name) for name in ('params', 'centers')}
     tx = _optimizer(learning_rate, alpha, devices.axis_name, devices.mesh)
