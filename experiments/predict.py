@@ -20,8 +20,8 @@ from experiments.data.load import load
 from experiments.data.splits import Split, pixels
 from experiments.data.tfds_cache import DataError
 from experiments.launch import cli, output, processes
-from experiments.launch.atomic_files import write_table
-from experiments.launch.flags import DeviceFlags, Folder, OptionalFolder
+from experiments.launch.atomic_files import draft, write_table
+from experiments.launch.flags import DeviceFlags, Folder, OptionalFile, OptionalFolder
 from experiments.launch.mesh import choose
 from experiments.launch.network import check_network, find_network
 from experiments.launch.run_folder import CHECKPOINTS, INPUTS, RunError, check_folder, read_config
@@ -55,8 +55,10 @@ class Config(DeviceFlags):
     """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     out: OptionalFolder = None
     """folder for the predictions; by default predictions in --run, where earlier ones are replaced"""
+    embeddings: OptionalFile = None
+    """also write features, names, nearest classes and distances to this .npz file"""
     overwrite: bool = False
-    """replace the predictions in --out"""
+    """replace the predictions in --out, and the file of --embeddings"""
     parallel: Literal['auto', 'none'] = 'auto'
     """auto splits the images over all devices, none uses only the first device"""
 
@@ -89,6 +91,16 @@ def main(config: Config) -> None:
         }
         for name, index, distance, far in zip(names, classes, distances, unknown, strict=True)
     ]
+    if config.embeddings:
+        with draft(config.embeddings) as file:
+            np.savez(
+                file,
+                features=features.astype(np.float32),
+                names=np.array(names),
+                nearest=np.array(class_names)[classes],
+                distances=distances.astype(np.float32),
+            )
+        tell(f'wrote {config.embeddings}')
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / _TABLE, rows)
     captions = [f'{row["label"][:14]}\n{row["distance"]:.3g}' for row in rows]
@@ -100,13 +112,18 @@ def main(config: Config) -> None:
 
 
 def _folder(config: Config) -> Path:
-    """Returns the folder for the predictions. In a folder that --out names, only --overwrite replaces earlier ones."""
+    """Returns the folder for the predictions. Only --overwrite replaces files that --out or --embeddings names."""
     out = config.out or config.run / 'predictions'
     if processes.is_main_process():
         check_folder(out)
     taken = [name for name in (_TABLE, _PICTURE) if (out / name).exists()]
     if taken and config.out and not config.overwrite:
         raise RunError(f'--out {out} holds {taken[0]}; name another folder, or pass --overwrite to replace it')
+    file = config.embeddings
+    if file and (file.suffix != '.npz' or file.is_dir() or not file.parent.is_dir()):
+        raise RunError(f'--embeddings must be a .npz file in a folder that exists, got {file}')
+    if file and file.exists() and not config.overwrite:
+        raise RunError(f'--embeddings {file} exists; name another file, or pass --overwrite to replace it')
     return out
 
 

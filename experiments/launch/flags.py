@@ -54,6 +54,7 @@ def _path(metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
 
 Folder = Annotated[Path, _path('FOLDER')]
 OptionalFolder = Annotated[Path | None, _path('FOLDER')]
+OptionalFile = Annotated[Path | None, _path('FILE')]
 
 
 @dataclasses.dataclass(frozen=True)
