@@ -130,7 +130,7 @@ def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName
     # Computed exactly as `table + rows` will, so that XLA shares the sort.
     scatter_index, _, _ = resolve_for_scatter(RowUpdates(index, values), table)
     num_classes = None if table is None else table.shape[0]
-    n = class_sizes(scatter_index, num_classes).astype(values.dtype)
+    n = class_sizes(scatter_index, num_classes, values.shape[1]).astype(values.dtype)
     factor = jnp.where(index == DROPPED, 0, -jnp.asarray(alpha, values.dtype) / (1 + n))
     scale = factor * scale  # -alpha (c - x) / (1 + n), before the sum, so that many large rows stay finite
 

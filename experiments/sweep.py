@@ -26,12 +26,12 @@ from experiments.launch.flags import Common, DeviceFlags, Folder, check_alpha, c
 from experiments.launch.mesh import Devices, choose
 from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, format_environment
 from experiments.launch.stopping import Stop
+from experiments.metrics.held_out import intervals
 from experiments.plots.curves import draw_sweep
 from experiments.plots.features import draw_features
 from experiments.plots.panel import legend
 from experiments.plots.report import write_report
 from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
-from experiments.train.metrics import intervals
 from experiments.train.model import TRUNKS
 from experiments.train.snapshots import load_snapshot
 
@@ -135,7 +135,8 @@ def main(config: Config) -> None:
     open_set = load_open_set(config, config.held_out)
     for note in open_set.known.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    config.check_data(len(open_set.known.train), open_set.known.image_shape, open_set.known.dtype)
+    for note in config.check_data(open_set.known.train):
+        console.print(note, highlight=False, soft_wrap=True)
     facts = {'num_classes': open_set.known.num_classes, 'train_examples': len(open_set.known.train)}
     if run.resumed:
         run.check({**config.decisive(), **facts})
@@ -148,7 +149,7 @@ def main(config: Config) -> None:
     train_cells(config, cells, open_set, folder, devices, console)
     if not processes.is_main_process():
         return
-    rows = [cell.read(folder) for cell in cells]
+    rows = complete([cell.read(folder) for cell in cells])
     write_table(run.out / _TABLE, rows)
     summary = summarize(config, [row for row in rows if row['feature_dim'] == config.feature_dim])
     run.write_summary(summary)
@@ -198,6 +199,12 @@ def train_cells(
         for cell in work(task, missing, stop=stop):
             last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
             bar.update(shown, advance=1, last=last)
+
+
+def complete(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows with the same columns, NaN where a cell of an earlier version lacks a measure."""
+    missing = dict.fromkeys((key for row in rows for key in row), float('nan'))
+    return [{**missing, **row} for row in rows]
 
 
 def summarize(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

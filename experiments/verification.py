@@ -1,8 +1,9 @@
 """Evaluates features on classes that were held out of training, with softmax alone and with center loss.
 
-Trains both arms from several seeds, and verifies pairs of held-out examples. Also measures how well the distance to the
-nearest center separates known from unknown classes. config.json, metrics.csv, verification.csv, summary.json, roc.png
-and report.html are written to --out. After an interruption, --resume continues the run from its last save.
+Trains both arms from several seeds, verifies pairs of held-out examples, and retrieves each example's class among the
+others. Also measures how well the distance to the nearest center separates known from unknown classes. config.json,
+metrics.csv, verification.csv, summary.json, roc.png and report.html are written to --out. After an interruption,
+--resume continues the run from its last save.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ from experiments.launch import cli, processes
 from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import Folder, Settings
+from experiments.metrics.held_out import Interval, Roc, intervals
 from experiments.plots.curves import draw_roc
 from experiments.plots.measures import measure_name
 from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, evaluate_open_set
 from experiments.train.loop import Arm, Job
-from experiments.train.metrics import Interval, Roc, intervals
 from experiments.train.step import TrainState
 from experiments.train.thresholds import write_known
 
@@ -103,6 +104,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         'center - softmax': intervals(differences, keys),
     }
     for arm, seeds in (('softmax', softmax), ('center', center)):
+        summary[arm]['queries_left_out'] = seeds[0]['queries_left_out']  # seeds share the held-out examples
         summary[arm]['collapsed'] = any(row['collapsed'] for row in seeds)
     return summary
 

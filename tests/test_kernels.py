@@ -21,9 +21,9 @@ from tests.support import oracle
 from tests.support.programs import memory, shapes
 from tests.support.steps import move
 
-FEATURES = 3
-# At most as many classes as rows, more classes, and so many that an accelerator sorts the rows too.
-CLASSES = [1, 7, 500, 20_000]
+FEATURES, WIDE = 3, 129
+# For 64 rows: counted in arrays [C] by class, and by first row; sorted on a CPU, and on an accelerator too.
+CLASSES = [1, 7, 64, 65, 512, 513, 20_000]
 
 
 @pytest.fixture(scope='module', autouse=True, params=['cpu', 'default'], ids=['one by one', 'at once'])
@@ -40,22 +40,23 @@ def way(request):
     jax.clear_caches()
 
 
-def make_rows(size: int, num_classes: int):
+def make_rows(size: int, num_classes: int, num_features: int):
     """Returns float64 rows of which about half have one index, a tenth are dropped, and some indices are unique."""
     rng = np.random.default_rng(size + num_classes)
     index = np.where(rng.random(size) < 0.5, num_classes // 3, rng.integers(0, num_classes, size)).astype(np.int32)
     index[rng.random(size) < 0.1] = DROPPED
-    return jnp.asarray(index), jnp.asarray(rng.normal(size=(size, FEATURES))), jnp.asarray(rng.normal(size=size))
+    return jnp.asarray(index), jnp.asarray(rng.normal(size=(size, num_features))), jnp.asarray(rng.normal(size=size))
 
 
 def plain_sums(index, values, scale, num_classes):
     return jax.ops.segment_sum(scale[:, None] * values, index, num_classes)
 
 
-@pytest.fixture(params=CLASSES[1:])
+@pytest.fixture(params=[(7, FEATURES), (65, FEATURES), (20_000, FEATURES), (65, WIDE), (1000, WIDE)])
 def rows(request):
+    num_classes, num_features = request.param
     with jax.enable_x64(True):
-        yield *make_rows(64, request.param), request.param
+        yield *make_rows(64, num_classes, num_features), num_classes
 
 
 def test_class_sizes_equals_a_comparison_of_all_pairs(rows):
@@ -63,7 +64,7 @@ def test_class_sizes_equals_a_comparison_of_all_pairs(rows):
     index = np.asarray(index)
     there = index != DROPPED
     for classes in (num_classes, None):
-        sizes = _kernels.class_sizes(index, classes)
+        sizes = _kernels.class_sizes(index, classes, rows[1].shape[1])
         np.testing.assert_array_equal(sizes[there], np.sum(index[:, None] == index, axis=1)[there])
 
 
@@ -84,12 +85,12 @@ def test_unique_sums_equals_a_segment_sum_over_unique_indices(rows):
     there = expected != DROPPED
     segments = np.searchsorted(expected, index)
     np.testing.assert_allclose(sums[there], plain_sums(segments, values, scale, 64)[there], rtol=1e-12, atol=1e-12)
-    np.testing.assert_array_equal(sums[~there], np.zeros((64 - there.sum(), FEATURES)))
+    np.testing.assert_array_equal(sums[~there], np.zeros((64 - there.sum(), values.shape[1])))
 
 
 def test_add_class_sums_equals_a_scatter_add(rows):
     index, values, scale, num_classes = rows
-    table = jnp.arange(num_classes * FEATURES, dtype=values.dtype).reshape(num_classes, FEATURES)
+    table = jnp.arange(num_classes * values.shape[1], dtype=values.dtype).reshape(num_classes, -1)
     expected = table.at[index].add(scale[:, None] * values, mode='drop')
     got = _kernels.add_class_sums(table, index, values, scale)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
@@ -141,10 +142,10 @@ def step(centers, state, x, labels, where):
     return optax.apply_updates(centers, updates), state
 
 
-def make_batch(size, num_classes, dtype: Any = np.float32):
+def make_batch(size, num_classes, dtype: Any = np.float32, num_features=FEATURES):
     """Returns a batch in which half of the examples have one class."""
     rng = np.random.default_rng(size + num_classes)
-    x, centers = rng.normal(size=(size, FEATURES)).astype(dtype), rng.normal(size=(num_classes, FEATURES)).astype(dtype)
+    x, centers = (rng.normal(size=(rows, num_features)).astype(dtype) for rows in (size, num_classes))
     labels = np.where(rng.random(size) < 0.5, num_classes // 3, rng.integers(-1, num_classes, size))
     return x, centers, labels, rng.random(size) < 0.9
 
@@ -153,10 +154,12 @@ def run(centers, *batch):
     return step(jnp.asarray(centers), clj.center_update().init(centers), *batch)
 
 
-@pytest.mark.parametrize('num_classes', CLASSES)
-def test_centers_move_by_eq_4_in_float64(num_classes):
+@pytest.mark.parametrize(
+    ('num_classes', 'num_features'), [*((number, FEATURES) for number in CLASSES), (65, WIDE), (1000, WIDE)]
+)
+def test_centers_move_by_eq_4_in_float64(num_classes, num_features):
     with jax.enable_x64(True):
-        x, centers, labels, where = make_batch(64, num_classes, np.float64)
+        x, centers, labels, where = make_batch(64, num_classes, np.float64, num_features)
         moved, state = run(centers, x, labels, where)
         expected = oracle.center_update(x, centers, np.where(where, labels, -1), 0.5)
         np.testing.assert_allclose(moved, expected, rtol=1e-12, atol=1e-13)
@@ -190,10 +193,10 @@ def test_an_alpha_in_float64_keeps_a_float32_table_in_float32(num_classes):
     np.testing.assert_allclose(moved, oracle.center_update(x, centers, labels, 0.5), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('num_classes', [7, 500])
+@pytest.mark.parametrize(('num_classes', 'num_features'), [(7, FEATURES), (500, FEATURES), (500, WIDE)])
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_change_nothing(bad, num_classes):
-    x, centers, labels, where = make_batch(64, num_classes)
+def test_rows_that_are_not_finite_change_nothing(bad, num_classes, num_features):
+    x, centers, labels, where = make_batch(64, num_classes, num_features=num_features)
     broken = x.copy()
     broken[::10, 2] = bad
     moved, state = run(centers, broken, labels, where)

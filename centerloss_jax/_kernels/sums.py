@@ -10,6 +10,7 @@ from jax import Array
 from centerloss_jax._inputs import DROPPED, at_most
 from centerloss_jax._kernels import platform
 from centerloss_jax._kernels.groups import (
+    NARROW,
     ROWS_AT_A_TIME,
     class_sizes,
     counts_by_class,
@@ -63,9 +64,18 @@ def add_class_sums(table: Array, index: Array, values: Array, scale: Array) -> A
     if at_most(num_classes, index.size):
         unique, sums = class_sums(index, values, scale, num_classes)
         return add_rows(table, unique, sums.astype(table.dtype), unique=True)
-    repeated = class_sizes(index, num_classes) > 1
-    table = _add_scaled_rows(table, jnp.where(repeated, DROPPED, index), values, scale, unique=True)
-    return _add_repeated(table, index, values, scale, num_classes)[0]
+
+    def narrow(table, index, values, scale):
+        unique, sums = _sums_in_first_rows(index, values, scale, num_classes)
+        return add_rows(table, unique, sums.astype(table.dtype), unique=True)
+
+    def wide(table, index, values, scale):
+        repeated = class_sizes(index, num_classes, values.shape[1]) > 1
+        table = _add_scaled_rows(table, jnp.where(repeated, DROPPED, index), values, scale, unique=True)
+        return _add_repeated(table, index, values, scale, num_classes)[0]
+
+    cpu = narrow if _is_narrow(values) else wide
+    return platform.by_platform(table, index, values, scale, cpu=cpu, default=wide)
 
 
 @add_class_sums.defjvp
@@ -99,10 +109,46 @@ def squared_norm_of_sums(index: Array, values: Array, scale: Array, norms: Array
     """
     if index.size == 0:
         return jnp.zeros([], values.dtype)
-    sizes = class_sizes(index, num_classes)
-    of_single_rows = jnp.sum(jnp.where((sizes == 1) & (index < DROPPED), norms, 0))
-    scratch = jnp.zeros((1, values.shape[1]), values.dtype)
-    return of_single_rows + _add_repeated(scratch, index, values, scale, num_classes)[1]
+
+    def narrow(index, values, scale, norms):
+        del norms
+        return jnp.sum(jnp.square(_sums_in_first_rows(index, values, scale, num_classes)[1]))
+
+    def wide(index, values, scale, norms):
+        sizes = class_sizes(index, num_classes, values.shape[1])
+        of_single_rows = jnp.sum(jnp.where((sizes == 1) & (index < DROPPED), norms, 0))
+        scratch = jnp.zeros((1, values.shape[1]), values.dtype)
+        return of_single_rows + _add_repeated(scratch, index, values, scale, num_classes)[1]
+
+    cpu = narrow if _is_narrow(values) else wide
+    return platform.by_platform(index, values, scale, norms, cpu=cpu, default=wide)
+
+
+def _is_narrow(values: Array) -> bool:
+    """Returns whether a CPU sums the rows in an array `[N, D]`; not for symbolic sizes.
+
+    XLA compiles a loop to one function only if a step reads and writes less than 1 kB. In the loop over sorted rows it
+    starts each operation by itself, and for few features that takes longer than the array.
+    """
+    return at_most(0, values.shape[0]) and at_most(values.shape[1], NARROW)
+
+
+def _sums_in_first_rows(index: Array, values: Array, scale: Array, num_classes: int | None) -> tuple[Array, Array]:
+    """Returns each class and its sum in the place of its first row, DROPPED and 0 elsewhere: `[N]` and `[N, D]`."""
+    sizes, first = sizes_and_first(index, num_classes, values.shape[1])
+    row, valid = jnp.arange(index.size, dtype=jnp.int32), index < DROPPED
+    unique, place = jnp.where(first == row, index, DROPPED), jnp.where(valid, first, DROPPED)
+    zeros = jnp.zeros_like(values)
+    if at_most(index.size, 2 * ROWS_AT_A_TIME):
+        return unique, _add_scaled_rows(zeros, place, values, scale, unique=False)
+    # A class of many rows is summed in parts, each in the place of its own first row. There are at most P such classes.
+    num_parts, part, large = -(-index.size // ROWS_AT_A_TIME), row // ROWS_AT_A_TIME, valid & (sizes > ROWS_AT_A_TIME)
+    number = jnp.where(large, jnp.cumsum(large & (first == row), dtype=jnp.int32)[first] - 1, DROPPED)
+    places = jnp.full((num_parts, num_parts), DROPPED, jnp.int32).at[number, part].min(row, mode='drop')
+    place = jnp.where(large, places.at[number, part].get(mode='clip'), place)
+    sums = _add_scaled_rows(zeros, place, values, scale, unique=False)
+    totals = sums.at[places].get(mode='fill', fill_value=0).sum(axis=1)
+    return unique, sums.at[places].set(0, mode='drop').at[places.min(axis=1)].set(totals, mode='drop')
 
 
 def _add_scaled_rows(table: Array, index: Array, values: Array, scale: Array, unique: bool) -> Array:
@@ -124,13 +170,15 @@ def _add_scaled_rows(table: Array, index: Array, values: Array, scale: Array, un
 
 def _add_repeated(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
     """Returns the table with the sums of the rows whose index is repeated, and the squared norm of these sums."""
-    at_once = functools.partial(_add_repeated_at_once, num_classes=num_classes)
-    return platform.by_platform(table, index, values, scale, cpu=_add_repeated_in_turn, default=at_once)
+    in_turn, at_once = (
+        functools.partial(add, num_classes=num_classes) for add in (_add_repeated_in_turn, _add_repeated_at_once)
+    )
+    return platform.by_platform(table, index, values, scale, cpu=in_turn, default=at_once)
 
 
-def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Array) -> tuple[Array, Array]:
+def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
     """Sums row by row, in the order in which the rows of a class are neighbours. No array grows with N * D."""
-    order, index, group = sorted_groups(index)
+    order, index, group = sorted_groups(index, num_classes)
     # Moves the repeated rows to the front.
     repeated = (group_sizes(group)[group] > 1) & (index < DROPPED)
     slot = jnp.where(repeated, jnp.cumsum(repeated, dtype=jnp.int32) - 1, DROPPED)
@@ -160,7 +208,7 @@ def _add_repeated_in_turn(table: Array, index: Array, values: Array, scale: Arra
 def _add_repeated_at_once(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
     """Sums in an array of N/2 rows, since at most N/2 indices occur twice."""
     length = (index.size + 1) // 2
-    sizes, first = sizes_and_first(index, num_classes)
+    sizes, first = sizes_and_first(index, num_classes, values.shape[1])
     repeated = (sizes > 1) & (index < DROPPED)
     number = jnp.cumsum(repeated & (first == jnp.arange(index.size)), dtype=jnp.int32) - 1
     slot, scale = jax.lax.optimization_barrier((jnp.where(repeated, number[first], length), scale))

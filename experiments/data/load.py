@@ -59,7 +59,7 @@ class Dataset:
     @property
     def dtype(self) -> str:
         """Returns the dtype of the examples."""
-        return 'uint8' if self.standardization is None else 'float32'
+        return str(self.train.dtype)
 
 
 def load(dataset: str, data_dir: Path | None = None, image_size: int = 0, skip_unreadable: bool = False) -> Dataset:

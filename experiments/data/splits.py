@@ -46,6 +46,10 @@ class Split:
     def image_shape(self) -> tuple[int, ...]:
         return self.images.shape[1:]
 
+    @property
+    def dtype(self) -> np.dtype:
+        return self.images.dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class LazySplit:
@@ -59,6 +63,10 @@ class LazySplit:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
 
     def take(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns images `[n, H, W, K]` and labels `[n]` of these examples."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import tyro
 
+from experiments.data.splits import LazySplit, Split
 from experiments.data.tfds_cache import DataError
 from experiments.launch import processes
 from experiments.launch.errors import FlagError
@@ -83,6 +84,8 @@ class Common:
     """number of passes over the train split"""
     batch_size: int = 32
     """number of examples in a step, summed over all devices"""
+    images_per_class: int = 0
+    """K of P x K batches: each batch has K images of each of batch-size / K classes; 0 shuffles all images"""
     learning_rate: float = 3e-3
     """learning rate of Adam for the parameters of the network; the centers use alpha"""
     seed: int = 0
@@ -100,8 +103,14 @@ class Common:
             raise FlagError(f'--model must be {", ".join(TRUNKS)} or package.module:Class, got {self.model}')
         if not self.dataset:
             raise FlagError("--dataset '' is neither a dataset nor a folder; for the current directory give .")
-        if self.image_size < 0:
-            raise FlagError(f'--image-size must be 0 or more, got {self.image_size}')
+        for name in ('image_size', 'images_per_class'):
+            if getattr(self, name) < 0:
+                raise FlagError(f'{flag(name)} must be 0 or more, got {getattr(self, name)}')
+        if self.images_per_class and self.batch_size % self.images_per_class:
+            raise FlagError(
+                f'--batch-size must be a multiple of --images-per-class, got {self.batch_size} and '
+                f'{self.images_per_class}'
+            )
         if not 0 < self.learning_rate <= LARGEST:
             raise FlagError(f'--learning-rate must be positive and at most {LARGEST:.2g}, got {self.learning_rate}')
         if not 0 <= self.seed < 2**32:
@@ -109,24 +118,38 @@ class Common:
         if self.resume and self.overwrite:
             raise FlagError('--resume continues a run and --overwrite replaces it; pass only one of them')
 
-    def check_data(self, train_examples: int, image_shape: tuple[int, ...], dtype: str) -> None:
-        """Raises DataError if the network cannot be trained on such data."""
-        if dtype == 'uint8' and self.model in TRUNKS:
+    def check_data(self, train: Split | LazySplit) -> list[str]:
+        """Raises DataError if the network cannot be trained on such data. Returns notes on its batches."""
+        is_image = train.dtype == np.uint8
+        if is_image and self.model in TRUNKS:
             channels, _ = TRUNKS[self.model]
-            height, width, _ = image_shape
+            height, width, _ = train.image_shape
             smallest = 2 ** len(channels)
             if min(height, width) < smallest:
                 raise DataError(
                     f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs at '
                     f'least {smallest}x{smallest}; pass --image-size {smallest} or more'
                 )
-        if dtype != 'uint8' and self.model == 'lenets++':
+        if not is_image and self.model == 'lenets++':
             raise DataError(f'--model lenets++ takes images, but {self.dataset} has arrays; pass --model small')
-        if self.batch_size > max(train_examples, LARGEST_PADDED_BATCH):
+        if self.batch_size > max(len(train), LARGEST_PADDED_BATCH):
             raise DataError(
-                f'--batch-size is {self.batch_size}, but {self.dataset} has only {train_examples} train examples; '
+                f'--batch-size is {self.batch_size}, but {self.dataset} has only {len(train)} train examples; '
                 'pass at most that many'
             )
+        each = self.images_per_class
+        if not each:
+            return []
+        _, counts = np.unique(train.labels[train.labels >= 0], return_counts=True)
+        classes = len(counts)
+        if self.batch_size > each * classes:
+            raise DataError(
+                f'--batch-size {self.batch_size} with --images-per-class {each} is {self.batch_size // each} classes a '
+                f'batch, but {self.dataset} has only {classes} to train on; pass a --batch-size of at most '
+                f'{each * classes}, or a larger --images-per-class'
+            )
+        few = int((counts < each).sum())
+        return [f'{few} of {classes} classes have fewer than {each} train images; a batch repeats them'] if few else []
 
     def decisive(self) -> dict[str, Any]:
         """Returns the flags that affect the results of an epoch, by field name."""

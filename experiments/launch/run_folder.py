@@ -32,6 +32,8 @@ PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png
 FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile', 'cells')
 CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, CELLS = FOLDERS
 
+# Settings that runs of earlier versions do not have, with the values that they used.
+ADDED = {'images_per_class': 0}
 
 # The lock of the run of this process. The kernel releases it when the process ends.
 _lock = contextlib.ExitStack()
@@ -198,7 +200,8 @@ class Run:
         return [{key: _number(value) for key, value in row.items()} for row in _table(self.out / METRICS)]
 
     def config(self) -> dict[str, Any]:
-        return read_config(self.out)
+        """Returns the settings of the run, those that its version did not have included."""
+        return {**ADDED, **read_config(self.out)}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.is_main_process():

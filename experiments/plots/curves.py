@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.launch.atomic_files import save_figure
+from experiments.metrics.held_out import FARS, Interval, Roc, interval
 from experiments.plots.fonts import fitted
-from experiments.train.metrics import FARS, Interval, Roc, interval
 
 # Colours that colour-blind readers can tell apart, each with a line style.
 STYLES = (

@@ -87,8 +87,10 @@ def _figure(
 
 def _freeze_layout(figure: Figure) -> None:
     """Lays out the panels once, so that they do not move between frames."""
+    layout = figure.get_layout_engine()
+    assert layout is not None
     for _ in range(2):  # the first pass places the headings, the second reserves space for them
-        figure.draw_without_rendering()
+        layout.execute(figure)
     figure.set_layout_engine('none')
 
 

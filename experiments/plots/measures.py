@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from experiments.train.metrics import Interval
+from experiments.metrics.held_out import Interval
 
 # Display name and explanation of each measure, in the order of the report.
 MEASURES = {
@@ -41,9 +41,32 @@ MEASURES = {
         'TAR at FAR 0.001',
         'True accept rate at the threshold that accepts one in a thousand pairs of two classes.',
     ),
-    'recall_at_1': (
-        'recall at 1',
-        'Share of the held-out examples whose most similar other example has the same class.',
+    'rank_1': (
+        'rank-1',
+        'Share of the held-out examples whose most similar other example has the same class. Also called CMC rank-1, '
+        'precision at 1 and recall at 1.',
+    ),
+    'rank_5': (
+        'rank-5',
+        'Share of the held-out examples that have one of their class among the five most similar ones (CMC rank-5).',
+    ),
+    'map': (
+        'mAP',
+        'Mean average precision: all other held-out examples are ranked by similarity. The precision at the rank of '
+        'each example of the class is averaged over these, then over the queries.',
+    ),
+    'r_precision': (
+        'R-precision',
+        'For a class with R other examples, the share of it among the R most similar examples, averaged over the '
+        'queries.',
+    ),
+    'map_at_r': (
+        'MAP@R',
+        'As mAP, but ranks beyond R, the number of other examples of the class, count as misses.',
+    ),
+    'queries_left_out': (
+        'queries left out',
+        'Held-out examples that are alone in their class. The measures of retrieval leave them out as queries.',
     ),
     'verification_accuracy': (
         'verification accuracy',

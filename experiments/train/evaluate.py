@@ -15,7 +15,8 @@ from experiments.data.batches import eval_batches
 from experiments.data.open_set import OpenSet
 from experiments.data.splits import LazySplit, Split
 from experiments.launch.mesh import Devices
-from experiments.train.metrics import Roc, unknown_auroc, verify
+from experiments.metrics.held_out import Roc, unknown_auroc, verify
+from experiments.metrics.retrieval import retrieve
 from experiments.train.snapshots import Snapshot
 from experiments.train.step import TrainState
 from experiments.train.thresholds import threshold_of
@@ -138,6 +139,7 @@ def evaluate_open_set(
     values = {
         **test.measures(),
         **pairs,
+        **retrieve(features, labels, similarity),
         'unknown_auroc': unknown_auroc(test.distances, distances),
         'collapsed': test.collapsed(open_set.known.num_classes),
     }

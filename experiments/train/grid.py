@@ -175,7 +175,9 @@ class Trainer:
             model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices, known.dtype
         )
         process = jax.process_index(), jax.process_count()
-        batches = train_batches(known.train, settings.batch_size, cell.seed, *process)
+        batches = train_batches(
+            known.train, settings.batch_size, cell.seed, *process, images_per_class=settings.images_per_class
+        )
         steps = steps_of(known.train, settings.batch_size)
         weight = devices.place_state(np.float32(cell.center_weight))
         for _ in range(settings.epochs):

@@ -105,7 +105,8 @@ class Job:
             if newest(self.run.out / CHECKPOINTS) > self.settings.epochs * self.steps:
                 epochs, out = self.settings.epochs, self.run.out
                 raise RunError(f'--epochs is {epochs}, but the run in {out} has more epochs already')
-        self.settings.check_data(len(data.train), data.image_shape, data.dtype)
+        for note in self.settings.check_data(data.train):
+            self.tell(note)
         self.model = Classifier(self.network, self.settings.feature_dim, data.num_classes)
         check_network(self.model, data.image_shape, data.dtype, self.settings.model)
         self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings}, data.identity)
@@ -192,7 +193,10 @@ class Job:
         """
         devices, steps, last = self.devices, self.steps, self.settings.epochs
         process = jax.process_index(), jax.process_count()
-        batches = train_batches(self.data.train, self.settings.batch_size, arm.seed, *process)
+        settings, train = self.settings, self.data.train
+        batches = train_batches(
+            train, settings.batch_size, arm.seed, *process, images_per_class=settings.images_per_class
+        )
         weight = devices.place_state(np.float32(arm.center_weight))
         host, tally = saves.restore(initial, batches, self.tell) or (initial, Tally())
         state = devices.place_state(host)

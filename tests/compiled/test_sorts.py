@@ -10,9 +10,9 @@ import centerloss_jax as clj
 from tests.support.programs import operations, shapes
 from tests.support.steps import update
 
-N, D = 64, 6
-# As many classes as rows are counted in arrays [C]; more are sorted.
-CLASSES = {'C <= N': N, 'C > N': N + 1, 'C much larger': 1_000_000}
+N = 64
+# A CPU counts up to 8 N classes in arrays [C]. For more, and for wide rows of more classes than rows, it sorts.
+NARROW = {'C <= N': N, 'C > N': N + 1, 'C <= 8 N': 8 * N, 'C > 8 N': 8 * N + 1, 'C much larger': 1_000_000}
 
 
 def step(table, state, x, labels):
@@ -23,8 +23,10 @@ def step(table, state, x, labels):
     return *update(clj.center_update(0.5), rows, state, table), loss, gradient
 
 
-def compiled_step(num_classes: int) -> Counter[str]:
-    table, x, labels = shapes(((num_classes, D), jnp.float32), ((N, D), jnp.float32), ((N,), jnp.int32))
+def compiled_step(num_classes: int, num_features: int) -> Counter[str]:
+    table, x, labels = shapes(
+        ((num_classes, num_features), jnp.float32), ((N, num_features), jnp.float32), ((N,), jnp.int32)
+    )
     arguments = table, jax.eval_shape(clj.center_update().init, table), x, labels
     return operations(jax.jit(step, donate_argnums=0).lower(*arguments).compile())
 
@@ -38,10 +40,18 @@ def test_operations_counts_what_a_program_does():
     assert count['scatter'] == 1
 
 
-@pytest.mark.parametrize('num_classes', CLASSES.values(), ids=CLASSES.keys())
-def test_a_step_sorts_once_at_most_and_only_where_classes_outnumber_rows(num_classes):
-    count = compiled_step(num_classes)
-    assert count['sort'] == (num_classes > N), count
-    # Up to C classes it counts rows and adds their sums; beyond, the sorted rows of a class are numbered and packed.
-    assert count['scatter'] <= (4 if num_classes > N else 2), count
+@pytest.mark.parametrize('num_classes', NARROW.values(), ids=NARROW.keys())
+def test_a_step_of_few_features_sorts_once_and_only_for_many_classes(num_classes):
+    count = compiled_step(num_classes, 6)
+    assert count['sort'] == (num_classes > 8 * N), count
+    # It counts rows, finds the first of each class where C > N, and adds the sums; the sorted rows of a class are
+    # numbered and their counts are put back.
+    assert count['scatter'] <= (2 if num_classes <= N else 3 if num_classes <= 8 * N else 5), count
     assert count['while'] == 1, count  # one pass over the rows serves the table and step_norm
+
+
+@pytest.mark.parametrize('num_classes', [N + 1, 1_000_000])
+def test_a_step_of_many_features_sorts_once_where_classes_outnumber_rows(num_classes):
+    count = compiled_step(num_classes, 200)
+    assert count['sort'] == 1, count
+    assert count['while'] == 3, count  # single rows, repeated rows, and repeated rows again for step_norm

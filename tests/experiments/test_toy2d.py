@@ -13,6 +13,9 @@ from experiments import toy2d
 from tests.support import tiny
 from tests.support.tiny import COLUMNS, rows, strict
 
+# Tests with the same batch size and devices share their compiled programs.
+FAST = ('--batch-size', 125, '--parallel', 'none')
+
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory) -> Path:
@@ -25,14 +28,14 @@ run = partial(tiny.run, toy2d)
 def short(tmp_path: Path, data_dir: Path, **changes) -> Path:
     """A run of one epoch, for its numbers."""
     out = tmp_path / '-'.join(map(str, changes.values()))
-    config = dataclasses.replace(toy2d.Config(), out=out, data_dir=data_dir, epochs=1, batch_size=125)
+    config = dataclasses.replace(toy2d.Config(), out=out, data_dir=data_dir, epochs=1, batch_size=FAST[1])
     toy2d.main(dataclasses.replace(config, **changes))
     return out
 
 
 def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_dir, capsys):
     out = tmp_path / 'a folder' / 'run'
-    assert run('--epochs', 2, '--parallel', 'none', '--out', out, '--data-dir', data_dir) == 0
+    assert run('--epochs', 2, *FAST, '--out', out, '--data-dir', data_dir) == 0
 
     printed = capsys.readouterr().out
     first = printed.splitlines()[0]
@@ -62,7 +65,8 @@ def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_d
     with Image.open(out / 'features.png') as picture:
         assert picture.width > 800
     page = (out / 'report.html').read_text(encoding='utf-8')
-    assert 'python -m experiments.toy2d --parallel none --data-dir' in page
+    assert 'python -m experiments.toy2d ' in page
+    assert '--batch-size 125' in page
 
 
 def test_tensorflow_is_not_imported():
@@ -78,7 +82,7 @@ def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_pat
     elsewhere.mkdir()
     (elsewhere / 'notes.txt').write_text('mine too')
     (out / 'checkpoints').symlink_to(elsewhere)
-    flags = ('--epochs', 1, '--batch-size', 500, '--parallel', 'none', '--out', out, '--data-dir', data_dir)
+    flags = ('--epochs', 1, *FAST, '--out', out, '--data-dir', data_dir)
     assert run(*flags) == 2
     assert (out / 'config.json').read_text() == '{}'
     error = capsys.readouterr().err
@@ -143,6 +147,7 @@ def test_a_flag_without_its_value_does_not_pass_in_silence(tmp_path, capsys, fla
         ('--batch-size', '0'),
         ('--batch-size', '1439'),  # one more than there are train examples
         ('--image-size', '3'),
+        ('--images-per-class', '-1'),
         ('--feature-dim', '0'),
         ('--learning-rate', '0'),
         ('--learning-rate', 'nan'),
@@ -163,6 +168,21 @@ def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, data_
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert flag in error or value in error
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'each', 'named'),
+    [(32, 5, 'multiple of --images-per-class, got 32 and 5'), (88, 8, '11 classes a batch, but digits has only 10')],
+)
+def test_batches_of_p_by_k_that_cannot_be_are_one_line_that_names_both_flags(
+    tmp_path, data_dir, capsys, batch_size, each, named
+):
+    flags = ('--batch-size', batch_size, '--images-per-class', each)
+    assert run('--out', tmp_path / 'run', '--data-dir', data_dir, *flags) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ('--batch-size', '--images-per-class', named))
     assert not (tmp_path / 'run').exists()
 
 
@@ -223,7 +243,8 @@ def test_collapsed_features_are_said_to_have_collapsed(tmp_path, data_dir, capsy
     assert (out / 'features.png').exists()
 
 
-@pytest.mark.parametrize('feature_dim', [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize('feature_dim', [1, 5])
 def test_any_feature_dimension_is_trained_and_drawn(tmp_path, data_dir, feature_dim):
     out = short(tmp_path, data_dir, feature_dim=feature_dim, parallel='none')
     assert (out / 'features.png').exists()

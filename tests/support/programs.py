@@ -36,7 +36,7 @@ def collective_sizes(compiled) -> list[int]:
 def operations(compiled) -> Counter[str]:
     """Returns how often each operation of XLA is in a compiled program, inside fused and called computations too."""
     return Counter(
-        re.findall(r'^\s*(?:ROOT )?%?[\w.-]+ = (?:\([^=]*?\)|\S+) ([\w-]+)\(', compiled.as_text(), re.MULTILINE)
+        re.findall(r'^\s*(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(', compiled.as_text(), re.MULTILINE)
     )
 
 

@@ -96,12 +96,23 @@ EXPONENTS = [16, 20, pytest.param(23, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize('exponent', EXPONENTS)
-@pytest.mark.parametrize('num_classes', [1, 3, 2**23 + 1])
+@pytest.mark.parametrize('num_classes', [1, 3, 2**20 + 1, 2**23 + 1])
 def test_the_sum_over_many_examples_of_one_class_keeps_its_digits(exponent, num_classes):
     n = 2**exponent
     moved, state = jitted(np.full((n, 1), 0.1, np.float32), np.zeros((num_classes, 1), np.float32), np.zeros(n, int))
     np.testing.assert_allclose(moved[0, 0], 0.5 * 0.1 * n / (n + 1), rtol=1e-4)
     np.testing.assert_allclose(state.step_norm, 0.5 * 0.1 * n / (n + 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize('num_features', [2, 129])  # a CPU sums them in two ways
+def test_the_sums_over_many_examples_of_two_classes_keep_their_digits(num_features):
+    n, num_classes = 2**16, 2**16 + 1
+    x, labels = np.full((n, num_features), 0.1, np.float32), np.zeros(n, int)
+    labels[::4], labels[1], labels[2] = 5, 7, num_classes - 1
+    moved, _ = jitted(x, np.zeros((num_classes, num_features), np.float32), labels)
+    count = np.bincount(labels, minlength=num_classes)
+    expected = np.broadcast_to((0.5 * 0.1 * count / (count + 1))[:, None], moved.shape)
+    np.testing.assert_allclose(moved, expected, rtol=1e-4)
 
 
 def test_the_largest_class_count_of_int32_labels():

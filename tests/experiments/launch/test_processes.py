@@ -96,7 +96,7 @@ def test_every_experiment_runs_in_two_processes_of_which_the_first_writes(tmp_pa
     assert run(*QUICK, '--parallel', 'none', '--out', toy) == 0
     sweep = *QUICK, '--feature-dim', 2, '--seeds', 1, '--weights', 0.1, '--alphas', 0.5
     flags = {
-        'verification': (*QUICK, '--seeds', 1, '--mesh', 'data=2,classes=2'),
+        'verification': (*QUICK, '--images-per-class', 100, '--seeds', 1, '--mesh', 'data=2,classes=2'),
         'sweep': (*sweep, '--mesh', 'data=2,classes=2'),
         'predict': ('--run', toy, '--images', 'digits:test'),
         'benchmark': ('--batch-sizes', 16, '--classes', 10, '--feature-dim', 4, '--rounds', 1, '--mesh', 'classes=4'),

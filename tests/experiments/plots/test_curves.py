@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.metrics.held_out import Interval, Roc, interval
 from experiments.plots.curves import draw_roc, draw_sweep
-from experiments.train.metrics import Interval, Roc, interval
 
 
 def curve(power: float) -> Roc:

@@ -1,10 +1,9 @@
 """Runs that are stopped, killed, extended or moved to other devices end as one that was left alone."""
 
-import csv
 import errno
+import gc
 import json
 import os
-import random
 import resource
 import shlex
 import shutil
@@ -12,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc  # noqa: F401  # Python imports it to report a warning, and cannot at a limit on open files
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from experiments import toy2d
 from experiments.data.batches import train_batches
 from experiments.data.splits import Split
 from experiments.launch.mesh import Devices, choose, over_mesh
-from experiments.launch.run_folder import DamagedError, RunError, read_json
+from experiments.launch.run_folder import DamagedError, RunError, is_whole, read_json
 from experiments.launch.stopping import Stop
 from experiments.train import checkpoint
 from experiments.train.checkpoint import Checkpoints
@@ -39,42 +37,14 @@ from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot
 from experiments.train.step import Metrics, Tally, create_state, train_step
 from tests.support import tiny
+from tests.support.ends import ARMS, assert_same_ends, what_came_out
 from tests.support.limits import limited_to
 
-ARMS = ('softmax', 'center')
 STEPS = 3  # an epoch of the digits has at this batch size
 QUICK = ('--parallel', 'none', '--batch-size', 500)
 
 
 run = partial(tiny.run, toy2d)
-
-
-def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.endswith(('_seconds', '_per_second'))}
-
-
-def what_came_out(out: Path) -> dict[str, Any]:
-    """All that a run leaves, but for times: rows, summary, pictures, snapshots, and the arrays of its last saves."""
-    with (out / 'metrics.csv').open(newline='', encoding='utf-8') as file:
-        rows = [untimed(row) for row in csv.DictReader(file)]
-    summary = json.loads((out / 'summary.json').read_text(encoding='utf-8'))
-    ends = {'rows': rows, 'summary': {arm: untimed(values) for arm, values in summary.items()}}
-    for name in ('features.png', 'features.gif'):
-        ends[name] = (out / name).read_bytes()
-    for path in sorted((out / 'snapshots').iterdir()):
-        with np.load(path) as arrays:
-            ends[path.name] = {name: array.tobytes() for name, array in arrays.items()}
-    for arm in ARMS:
-        saved = checkpoint.saved_params(out / 'checkpoints' / arm)
-        ends[arm] = {jax.tree_util.keystr(p): a.tobytes() for p, a in jax.tree_util.tree_leaves_with_path(saved)}
-    return ends
-
-
-def assert_same_ends(out: Path, other: Path) -> None:
-    ends, others = what_came_out(out), what_came_out(other)
-    assert ends.keys() == others.keys()
-    for name, value in ends.items():
-        assert value == others[name], name
 
 
 @pytest.fixture(scope='module')
@@ -163,17 +133,27 @@ def lose_the_last_digit(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])  # of the last number: the line end has two
 
 
+LOST_DIGIT = ('metrics.csv', lose_the_last_digit)
+DAMAGES = [
+    ('metrics.csv', Path.unlink),
+    ('metrics.csv', halve),
+    ('summary.json', Path.unlink),
+    ('known.json', halve),
+    ('features.png', halve),
+    ('features.gif', Path.unlink),
+]
+
+
+@pytest.mark.parametrize(('name', 'damage'), [LOST_DIGIT, *DAMAGES])
+def test_a_lost_or_damaged_file_of_a_run_is_not_whole(whole, tmp_path, name, damage):
+    path = Path(shutil.copy(whole / name, tmp_path))
+    assert is_whole(path)
+    damage(path)
+    assert not is_whole(path)
+
+
 @pytest.mark.parametrize(
-    ('name', 'damage'),
-    [
-        ('metrics.csv', Path.unlink),
-        ('metrics.csv', halve),
-        ('metrics.csv', lose_the_last_digit),
-        ('summary.json', Path.unlink),
-        ('known.json', halve),
-        ('features.png', halve),
-        ('features.gif', Path.unlink),
-    ],
+    ('name', 'damage'), [LOST_DIGIT, *(pytest.param(*damage, marks=pytest.mark.slow) for damage in DAMAGES)]
 )
 def test_what_a_finished_run_lacks_is_made_again(whole, tmp_path, capsys, name, damage):
     out = tmp_path / 'run'
@@ -197,8 +177,7 @@ with lock(Path(sys.argv[1], '.lock')):
 """
 
 
-@pytest.mark.parametrize('flags', [('--resume',), ('--overwrite',), ()])
-def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path, capsys, flags):
+def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path, capsys):
     out = tmp_path / 'run'
     out.mkdir()
     (out / '.lock').touch()
@@ -206,13 +185,47 @@ def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b'locked\n'
-        assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 2
-        error = capsys.readouterr().err
-        assert 'in use by another run' in error
-        assert len(error.splitlines()) == 1
-        assert os.listdir(out) == ['.lock']
+        for flags in (('--resume',), ('--overwrite',), ()):
+            assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 2
+            error = capsys.readouterr().err
+            assert 'in use by another run' in error
+            assert len(error.splitlines()) == 1
+            assert os.listdir(out) == ['.lock']
         other.kill()
-    assert run(*QUICK, '--epochs', 1, '--out', out, *flags) == 0
+    assert run(*QUICK, '--epochs', 1, '--out', out) == 0
+
+
+@pytest.mark.slow
+def test_a_run_of_p_by_k_batches_that_goes_on_within_an_epoch_ends_as_if_it_had_not_stopped(tmp_path, capsys):
+    out, end = tmp_path / 'run', 2 * STEPS
+    flags = (*QUICK, '--images-per-class', 50, '--epochs', 2, '--save-every', 0, '--out', out)
+    assert run(*flags) == 0
+    shutil.copytree(out, tmp_path / 'whole')
+    for arm in ARMS:
+        shutil.rmtree(out / 'checkpoints' / arm / str(end))  # the save before is of the last step but one
+    (out / 'report.html').unlink()
+    assert run(*flags, '--resume') == 0
+    assert f'the center arm continues after 1 epochs and {STEPS - 1} steps' in capsys.readouterr().out
+    assert_same_ends(out, tmp_path / 'whole')
+
+
+def of_an_earlier_version(config: Path) -> None:
+    """Removes a setting that an earlier version did not have."""
+    settings = json.loads(config.read_text())
+    del settings['images_per_class']
+    config.write_text(json.dumps(settings))
+
+
+def test_a_run_of_a_version_without_p_by_k_batches_goes_on_without_them(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    assert run(*QUICK, '--epochs', 1, '--out', out) == 0
+    of_an_earlier_version(out / 'config.json')
+    assert run(*QUICK, '--epochs', 1, '--out', out, '--resume') == 0
+    assert 'finished' in capsys.readouterr().out
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume', '--images-per-class', 50) == 2
+    assert '--resume: images-per-class is 50, but' in capsys.readouterr().err
+    assert run(*QUICK, '--epochs', 2, '--out', out, '--resume') == 0
+    assert_same_ends(out, whole)
 
 
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
@@ -228,6 +241,7 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
         (('--alpha', 0.25), ('alpha', '0.25', '0.5')),
         (('--seed', 3), ('seed', '3', '0')),
         (('--batch-size', 250), ('batch-size', '250', '500')),
+        (('--images-per-class', 50), ('images-per-class', '50', '0')),
         (('--learning-rate', 0.5), ('learning-rate', '0.5', '0.003')),
         (('--model', 'lenets++'), ('small', 'lenets++', 'keep_network')),
         (('--feature-dim', 3), ('[10, 2]', '[10, 3]', 'keep_network')),
@@ -270,6 +284,21 @@ def add_a_picture(folder: Path) -> None:
     Image.new('L', (8, 8), 99).save(folder / 'cow' / 'new.png')
 
 
+@pytest.fixture(scope='module')
+def own_images(tmp_path_factory) -> Path:
+    """A folder with images in `moved`, their prepared copy in `cache`, and a run that has seen two epochs of them."""
+    folder = tmp_path_factory.mktemp('own images')
+    for value, name in enumerate(('ant', 'bee', 'cow')):
+        (folder / 'own' / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new('L', (8, 8), 50 * value + number).save(folder / 'own' / name / f'{number}.png')
+    flags = ('--parallel', 'none', '--data-dir', folder / 'cache', '--out', folder / 'run', '--resume')
+    assert run(*flags, '--dataset', folder / 'own', '--epochs', 1) == 0
+    moved = (folder / 'own').rename(folder / 'moved')
+    assert run(*flags, '--dataset', moved, '--epochs', 2) == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     ('change', 'named'),
     [
@@ -278,19 +307,15 @@ def add_a_picture(folder: Path) -> None:
         (add_a_picture, ('train-examples is 13', 'has 12')),
     ],
 )
-def test_other_data_are_one_line_that_names_the_difference_and_a_moved_folder_is_none(tmp_path, capsys, change, named):
-    for value, name in enumerate(('ant', 'bee', 'cow')):
-        (tmp_path / 'own' / name).mkdir(parents=True)
-        for number in range(5):
-            Image.new('L', (8, 8), 50 * value + number).save(tmp_path / 'own' / name / f'{number}.png')
-    flags = ('--parallel', 'none', '--data-dir', tmp_path / 'cache', '--out', tmp_path / 'run', '--resume')
-    assert run(*flags, '--dataset', tmp_path / 'own', '--epochs', 1) == 0
-    moved = (tmp_path / 'own').rename(tmp_path / 'moved')
-    assert run(*flags, '--dataset', moved, '--epochs', 2) == 0
+def test_other_data_are_one_line_that_names_the_difference_and_a_moved_folder_is_none(
+    own_images, tmp_path, capsys, change, named
+):
+    shutil.copytree(own_images, tmp_path, dirs_exist_ok=True)
     before = bytes_of(tmp_path / 'run')
-    change(moved)
+    change(tmp_path / 'moved')
     capsys.readouterr()
-    assert run(*flags, '--dataset', moved, '--epochs', 3) == 2
+    flags = ('--parallel', 'none', '--data-dir', tmp_path / 'cache', '--out', tmp_path / 'run', '--resume')
+    assert run(*flags, '--dataset', tmp_path / 'moved', '--epochs', 3) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert '--resume' in error
@@ -593,6 +618,8 @@ def test_a_name_with_brackets_is_printed_as_it_is(whole, tmp_path, capsys):
     assert f'see {out / "report.html"}' in capsys.readouterr().out
 
 
+# Without a free file Orbax drops coroutines that it has not awaited. They are collected here, not in a later test.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_device, monkeypatch):
     folder = tmp_path / 'saves'
     save_twice(folder, saved, one_device)
@@ -614,6 +641,7 @@ def test_an_error_of_the_system_in_orbax_leaves_every_save(tmp_path, saved, one_
                 saves.restore(saved, batches, said.append)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            gc.collect()
     assert (said, bytes_of(folder)) == ([], before)
 
 
@@ -720,7 +748,7 @@ def test_if_no_save_is_whole_each_is_named_and_the_run_starts(tmp_path, saved, o
     assert [str(tmp_path / str(step)) in line for step, line in zip((2, 1), said, strict=True)] == [True, True]
 
 
-@pytest.mark.parametrize(('num_classes', 'feature_dim'), [(7, 2), (10, 5)])
+@pytest.mark.parametrize(('num_classes', 'feature_dim'), [(7, 2), pytest.param(10, 5, marks=pytest.mark.slow)])
 def test_other_centers_are_an_error_that_names_both_shapes_and_the_recipe_keeps_the_network(
     tmp_path, saved, one_device, num_classes, feature_dim
 ):
@@ -784,41 +812,3 @@ def test_the_loop_refuses_transfers_by_the_way(one_device):
     step, unplaced = one_device.compile(train_step), np.float32(0.1)
     with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
         train_epoch(state, step, batches, 3, unplaced, one_device, lambda *_: None)
-
-
-def start(*flags: object) -> subprocess.Popen:
-    """Starts the command in a process of its own, which says where it computes once it has begun."""
-    command = [sys.executable, '-W', 'error', '-m', 'experiments.toy2d', *map(str, flags)]
-    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    assert 'jax' in process.stdout.readline()
-    return process
-
-
-def finish(process: subprocess.Popen) -> None:
-    output = process.communicate()
-    assert process.returncode == 0, output
-
-
-@pytest.mark.slow
-def test_runs_that_are_killed_at_20_random_moments_end_as_one_that_was_not(tmp_path):
-    flags = ('--parallel', 'none', '--batch-size', 100, '--epochs', 8, '--save-every', 0.1, '--resume')
-    begun = time.monotonic()
-    finish(start(*flags, '--out', tmp_path / 'whole'))
-    longest = time.monotonic() - begun
-
-    moments, kills, run_number = random.Random(0), 0, 0
-    while kills < 20:
-        out = tmp_path / f'run {run_number}'
-        process = start(*flags, '--out', out)
-        try:
-            process.communicate(timeout=moments.uniform(0, longest))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-        if process.returncode != -signal.SIGKILL or kills == 20:
-            finish(start(*flags, '--out', out))
-            assert_same_ends(out, tmp_path / 'whole')
-            run_number += 1

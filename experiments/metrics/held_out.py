@@ -1,4 +1,4 @@
-"""Metrics of features on held-out classes: verification of pairs, retrieval, and detection of unknown classes.
+"""Metrics of features on held-out classes: verification of pairs, and detection of unknown classes.
 
 scikit-learn computes all curves and areas. A mean over seeds has a 95 % interval, so that arms can be compared.
 """
@@ -38,7 +38,7 @@ def verify(features: np.ndarray, labels: np.ndarray, similarity: str) -> tuple[d
     Returns:
         Measures by name, and the ROC.
     """
-    names = ('auc', 'eer', *(f'tar_at_far_{far:g}' for far in FARS), 'recall_at_1', 'verification_accuracy')
+    names = ('auc', 'eer', *(f'tar_at_far_{far:g}' for far in FARS), 'verification_accuracy')
     if not np.isfinite(features).all():
         return dict.fromkeys(names, np.nan), Roc(np.array([0.0, 1.0]), np.array([np.nan, np.nan]))
     features = features.astype(np.float64)
@@ -48,16 +48,8 @@ def verify(features: np.ndarray, labels: np.ndarray, similarity: str) -> tuple[d
     roc = Roc(far, tar)
     eer = float(np.interp(0, far - (1 - tar), far))  # where FAR equals the false reject rate
     accuracy = float(((tar + 1 - far) / 2).max())  # at the best threshold
-    values = (float(auc(far, tar)), eer, *map(float, map(roc.tar_at, FARS)), _recall(scores, labels), accuracy)
+    values = (float(auc(far, tar)), eer, *map(float, map(roc.tar_at, FARS)), accuracy)
     return dict(zip(names, values, strict=True)), roc
-
-
-def _recall(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the recall at 1 over the examples whose class has another example."""
-    np.fill_diagonal(scores, -np.inf)
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    not_alone = counts[inverse] > 1
-    return float((labels[scores.argmax(axis=1)] == labels)[not_alone].mean())
 
 
 def unknown_auroc(known: np.ndarray, unknown: np.ndarray) -> float:
