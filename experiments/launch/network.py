@@ -29,19 +29,14 @@ def find_network(model: str) -> str | type[nn.Module]:
     module_name, _, name = model.partition(':')
     try:
         module = importlib.import_module(module_name)
-    except BaseException as error:  # the module of a user may raise any type
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except (Exception, SystemExit) as error:  # the module of a user may raise any type
         raise FlagError(
             f'--model {model}: {module_name} cannot be imported from this folder or the installed packages '
             f'({_reason(error)})'
         ) from error
     found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        classes = [
-            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)
-        ]
-        near = difflib.get_close_matches(name, classes, n=1, cutoff=0)
+    if not _is_module(found):
+        near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if _is_module(value)], 1, 0)
         hint = f'; did you mean {module_name}:{near[0]}?' if near else ''
         raise FlagError(f'--model {model}: {module_name} has no class {name} that is a flax.linen.Module{hint}')
     return found
@@ -77,6 +72,10 @@ def check_network(model: Classifier, image_shape: tuple[int, ...], dtype: Any, f
             f'--model {flag}: {model.trunk.__name__}(feature_dim={model.feature_dim}) fails on [{shape}]: '
             f'{_reason(error, module.__file__)}'
         ) from error
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _reason(error: BaseException, file: str | None = None) -> str:
