@@ -34,7 +34,7 @@ def find_network(model: str) -> str | type[nn.Module]:
             f'--model {model}: {module_name} cannot be imported from this folder or the installed packages '
             f'({_reason(error)})'
         ) from error
-    found = getattr(module, name, None)
+    found: Any = getattr(module, name, None)
     if not _is_module(found):
         near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if _is_module(value)], 1, 0)
         hint = f'; did you mean {module_name}:{near[0]}?' if near else ''
