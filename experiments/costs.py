@@ -50,7 +50,8 @@ def step_costs(
     gathered = 2 * batch_size if n > 1 else 0
     traffic = row * (3 * batch_size / n + 2 * batch_size / k + gathered)
     network = row * (2 * (k - 1) / k * batch_size / data + (n - 1) / n * batch_size)
-    rows_held = (num_classes if num_classes <= batch_size else 0) + (2 * batch_size if n > 1 else 0)
+    sums = min(num_classes, batch_size) if num_classes <= batch_size or num_features <= 128 else 0
+    rows_held = sums + (2 * batch_size if n > 1 else 0)
     return Costs(table, 4 * table, 64 * batch_size + row * rows_held, traffic, network)
 
 

@@ -32,6 +32,7 @@ from experiments.plots.features import draw_features
 from experiments.plots.panel import legend
 from experiments.plots.report import write_report
 from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
+from experiments.train.model import TRUNKS
 from experiments.train.snapshots import load_snapshot
 
 _TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
@@ -56,6 +57,7 @@ class Config(Common, DeviceFlags):
         'out',
         'data_dir',
         'dataset',
+        'skip_unreadable',
         'overwrite',
         'resume',
         'weights',
@@ -97,6 +99,8 @@ class Config(Common, DeviceFlags):
             check_weight(weight, '--weights')
         for alpha in self.alphas:
             check_alpha(alpha, '--alphas')
+        if self.model not in TRUNKS:
+            raise FlagError(f'--model of a sweep must be {" or ".join(TRUNKS)}, got {self.model}')
         if not self.weights or not self.alphas:
             raise FlagError('--weights and --alphas must name one value or more')
         if self.seeds < 1:

@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
 from experiments.data.load import Dataset
@@ -21,6 +20,7 @@ from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, sample, snapshot_of
 from experiments.train.loop import Arm, Job
 from experiments.train.snapshots import History, Snapshot
+from experiments.train.step import TrainState
 from experiments.train.thresholds import threshold_of, write_known
 
 COLUMNS = {

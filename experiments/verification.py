@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
 from experiments.data.open_set import OpenSet, divide
@@ -26,6 +25,7 @@ from experiments.plots.measures import measure_name
 from experiments.plots.report import write_report
 from experiments.train.evaluate import evaluate, evaluate_open_set
 from experiments.train.loop import Arm, Job
+from experiments.train.step import TrainState
 from experiments.train.thresholds import write_known
 
 _TABLE, _PICTURE = 'verification.csv', 'roc.png'

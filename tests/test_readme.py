@@ -149,4 +149,4 @@ def test_the_alpha_of_the_re_id_baseline_moves_centers_as_its_sgd_does():
     by_sgd = centers - rate * jax.grad(clj.center_loss, argnums=1)(x, centers, labels)
     tx = clj.center_update(alpha)
     updates, _ = tx.update(clj.center_rows(x, centers, labels), tx.init(centers), centers)
-    np.testing.assert_allclose(optax.apply_updates(centers, updates), by_sgd, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(optax.apply_updates(centers, updates)), by_sgd, rtol=1e-5, atol=1e-6)

@@ -46,9 +46,10 @@ def train_batches(
         process_index: Index of this process.
         process_count: Number of processes.
         images_per_class: Examples of each class in a batch, drawn by `draw_classes`. With 0, all examples are shuffled,
-            and the last batch of an epoch is filled up with zeros and the label -1, so that shapes never change.
+            and the last batch of an epoch is filled up with its first images and the label -1, so that shapes never
+            change and BatchNorm sees no other images.
     """
-    own, size = process_slice(batch_size, process_index, process_count)
+    own, _ = process_slice(batch_size, process_index, process_count)
     steps = steps_of(split, batch_size)
 
     def draw(_, rng: np.random.Generator) -> np.ndarray:
@@ -61,7 +62,7 @@ def train_batches(
 
     def batch(index: int, step: int) -> Batch:
         indices = np.asarray(order(index // steps))[step * batch_size : (step + 1) * batch_size]
-        return _take(split, indices[own], size)
+        return _take(split, indices, own, batch_size)
 
     return iter(grain.MapDataset.range(steps).repeat().map_with_index(batch).to_iter_dataset(READ_OPTIONS))
 
@@ -109,9 +110,9 @@ def eval_batches(
     split: Split | LazySplit, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """Returns all examples once in order. The last batch is padded, and each batch is split as in training."""
-    own, size = process_slice(batch_size, process_index, process_count)
+    own, _ = process_slice(batch_size, process_index, process_count)
     order = grain.MapDataset.range(len(split)).batch(batch_size, batch_fn=np.asarray)
-    return iter(order.map(lambda indices: _take(split, indices[own], size)).to_iter_dataset(READ_OPTIONS))
+    return iter(order.map(lambda indices: _take(split, indices, own, batch_size)).to_iter_dataset(READ_OPTIONS))
 
 
 def process_slice(
@@ -124,10 +125,10 @@ def process_slice(
     return slice(process_index * size, (process_index + 1) * size), size
 
 
-def _take(split: Split | LazySplit, indices: np.ndarray, size: int) -> Batch:
-    images, labels = split.take(indices)
-    missing = size - len(labels)
-    if missing:
-        images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
-        labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])
-    return images, labels
+def _take(split: Split | LazySplit, indices: np.ndarray, own: slice, batch_size: int) -> Batch:
+    """Returns a process's part of a batch, which is filled up with its first examples and the label -1."""
+    if len(indices) == batch_size:
+        return split.take(indices[own])
+    places, repeated = np.unique(np.resize(np.arange(len(indices)), batch_size)[own], return_inverse=True)
+    images, labels = split.take(indices[places])
+    return images[repeated], np.where(np.arange(batch_size)[own] < len(indices), labels[repeated], -1)

@@ -5,13 +5,16 @@ No file is left out in silence: what cannot be used is a line that the run print
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.data.digits import held_out
 from experiments.data.tfds_cache import DataError
 
-SUFFIXES = ('.png', '.jpg', '.jpeg')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
+
+# The names of images, as messages show them.
+IMAGES = '*' + '|'.join(SUFFIXES).replace('|.', '|')
 
 # What the folder of the test images may be called beside train/; the first one that is there is taken.
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
@@ -19,13 +22,18 @@ TEST_NAMES = ('test', 'val', 'valid', 'validation')
 Splits = dict[str, dict[str, list[Path]]]  # split -> class -> files
 
 
-def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
+def find_images(folder: Path, without: Collection[Path] = ()) -> tuple[Splits, tuple[str, ...]]:
     """Returns train and test images by class, from `class/*` or from `train/class/*` and `test/class/*`, and notes.
 
+    Args:
+        folder: The folder of the images.
+        without: Files to leave out, without a note.
+
     Raises:
-        DataError: if there are fewer than two classes, or train and test differ in their classes.
+        DataError: if there are fewer than two classes, or if a class of test is not in train.
     """
     images, others = walk(folder)
+    images = [path for path in images if path not in without]
     test_name = next((name for name in TEST_NAMES if _classes(folder / name, images)), 'test')
     roots = {'train': folder / 'train', 'test': folder / test_name}
     splits = {split: _classes(root, images) for split, root in roots.items()}
@@ -38,19 +46,27 @@ def find_images(folder: Path) -> tuple[Splits, tuple[str, ...]]:
         there, missing = alone[0], test_name if alone == ['train'] else 'train'
         raise DataError(
             f'{shown(folder)} has images of classes in {there}/, but none in {missing}/.\n'
-            f'Add {missing}/class/*.png|jpg|jpeg, or name {shown(folder / there)}, of which a fifth is then held out.'
+            f'Add {missing}/class/{IMAGES}, or name {shown(folder / there)}, of which a fifth is then held out.'
         )
     if len(train) < 2:
         found = f'only {next(iter(train))}/' if train else 'none'
         raise DataError(
             f'{shown(folder)} must hold images of at least two classes, found {found}.\n'
-            'Expected are class/*.png|jpg|jpeg, or train/class/* and test/class/*.'
+            f'Expected are class/{IMAGES}, or train/class/* and test/class/*.'
         )
     used = {path for classes in splits.values() for paths in classes.values() for path in paths}
     left_out = others + [path for path in images if path not in used]
-    notes = notes_on(folder, left_out, 'class/*.png|jpg|jpeg')
+    notes = notes_on(folder, left_out, f'class/{IMAGES}')
     if divided:
-        _check_same_classes(folder, splits, test_name)
+        if untrained := [f'{test_name}/{name}' for name in splits['test'].keys() - train.keys()]:
+            raise DataError(
+                f'{shown(folder)} has classes in {test_name}/ that train/ lacks: {some(sorted(untrained))}; '
+                'add train images of them, or remove them'
+            )
+        if untested := [name for name in train if name not in splits['test']]:
+            notes += (
+                f'{len(untested)} of {len(train)} classes have train images but no test images: {some(untested)}',
+            )
         if test_name != 'test':
             notes += (f'there is no test/: the images of {test_name}/ are the test images',)
         return splits, notes
@@ -161,16 +177,6 @@ def _classes(root: Path, images: Sequence[Path]) -> dict[str, list[Path]]:
         if shown(name) != name:
             raise DataError(f'{shown(root / name)} has a name that is no UTF-8; rename it, or set PYTHONUTF8=1')
     return {name: classes[name] for name in natural_order(classes)}
-
-
-def _check_same_classes(folder: Path, splits: Splits, test_name: str) -> None:
-    train, test = splits['train'].keys(), splits['test'].keys()
-    if train != test:
-        alone = [f'train/{name}' for name in sorted(train - test)]
-        alone += [f'{test_name}/{name}' for name in sorted(test - train)]
-        raise DataError(
-            f'train/ and {test_name}/ of {shown(folder)} must have the same classes; only one of them has {some(alone)}'
-        )
 
 
 def _divide(folder: Path, classes: dict[str, list[Path]]) -> Splits:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import ExifTags, Image
 
 from experiments.data.digits import classification_info, prepare_once
 from experiments.data.image_files import Splits, find_images, fingerprint, shown, stamp
-from experiments.data.splits import FORMATS
+from experiments.data.splits import FORMATS, MODES, pixels
 from experiments.data.tfds_cache import DataError
 from experiments.launch.atomic_files import lock
 
@@ -44,24 +45,38 @@ PNG = b'\x89PNG\r\n\x1a\n'
 _in_use = contextlib.ExitStack()
 
 
-def image_folder(folder: Path, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
-    """Returns the images of a folder, prepared again whenever its files change, and notes on them.
+def image_folder(
+    folder: Path, data_dir: Path, image_size: int = 0, skip_unreadable: bool = False
+) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
+    """Returns the images of a folder and notes on them.
 
-    Removes the copies of earlier states of the folder that no process reads.
+    Each image size has a copy of its own, which holds images resized from the files. Copies are prepared again when the
+    files of the folder change. Removes the copies of earlier states of the folder that no process reads.
+
+    Raises:
+        DataError: if a file cannot be read, unless `skip_unreadable`.
     """
     splits, notes = find_images(folder)
-    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
-    home = data_dir / 'image_folders' / f'{folder.name}-{place}-{stamp(splits)}'
+    place, state = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8], stamp(splits)
+    size = f'-{image_size}' if image_size else ''
+    home = data_dir / 'image_folders' / f'{folder.name}-{place}-{state}{size}'
     copy = home / ImageFolder.name / str(ImageFolder.VERSION)
     _in_use.close()
     with contextlib.suppress(OSError):  # as in a cache that may only be read
         home.mkdir(parents=True, exist_ok=True)
         _in_use.enter_context(lock(home / '.lock', shared=True))
-    builder = prepare_once(copy, lambda: ImageFolder(folder, splits, data_dir=home))
+    builder = prepare_once(copy, lambda: ImageFolder(folder, splits, image_size, skip_unreadable, data_dir=home))
     for other in home.parent.iterdir():
-        if other != home and re.fullmatch(f'.*-{place}-[0-9a-f]{{16}}', other.name):
+        found = re.fullmatch(rf'.*-{place}-([0-9a-f]{{16}})(-\d+)?', other.name)
+        if found and found[1] != state:
             with contextlib.suppress(OSError), lock(other / '.lock', wait=False):
                 shutil.rmtree(other, ignore_errors=True)
+    facts = builder.info.metadata or {}
+    if unreadable := facts.get('unreadable'):
+        if not skip_unreadable:
+            raise _unreadable_error(folder, unreadable)
+        _, notes = find_images(folder, {folder / name for name in unreadable})
+        notes += (f'{len(unreadable)} images cannot be read and are left out:', *_lines(unreadable))
     return builder, (*notes, *builder.info.description.splitlines())
 
 
@@ -70,18 +85,20 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version('2.0.0')
 
-    def __init__(self, folder: Path, splits: Splits, **kwargs):
-        self._folder, self._files = folder, splits
-        self._size, self._mode, self._odd, self._notes = _common_form(folder, splits)
+    def __init__(self, folder: Path, splits: Splits, image_size: int, skip_unreadable: bool, **kwargs):
+        self._folder = folder
+        self._shape, self._odd, self._unreadable, self._notes = _common_form(folder, splits, image_size)
+        if self._unreadable and not skip_unreadable:
+            raise _unreadable_error(folder, self._unreadable)
+        self._files, _ = find_images(folder, {folder / name for name in self._unreadable})
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        width, height = self._size
-        image_shape = (height, width, len(Image.new(self._mode, (1, 1)).getbands()))
         # The label file of TFDS has a stripped line for a name, so the names are kept here.
         names = list(self._files['train'])
         facts = {'class_names': names, 'fingerprint': fingerprint(self._folder, self._files)}
-        return classification_info(self, '\n'.join(self._notes), image_shape, len(names), facts)
+        facts['unreadable'] = self._unreadable
+        return classification_info(self, '\n'.join(self._notes), self._shape, len(names), facts)
 
     def _split_generators(self, dl_manager):
         del dl_manager
@@ -90,45 +107,63 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, classes):
         for label, name in enumerate(self._files['train']):
             for path in classes.get(name, []):
-                form = self._size, self._mode
-                image = _fitted(path, *form) if path in self._odd else _image_or_path(path, *form)
+                unchanged = path not in self._odd and _has_shape(path, self._shape)
+                image = str(path) if unchanged else _fitted(path, self._shape)
                 yield os.fsencode(path.relative_to(self._folder)), {'image': image, 'label': label}
 
 
-def _common_form(folder: Path, splits: Splits) -> tuple[tuple[int, int], str, set[Path], list[str]]:
-    """Returns the common size (width, height) and mode, the files with damaged metadata, and notes. Reads all files."""
+def _common_form(
+    folder: Path, splits: Splits, image_size: int
+) -> tuple[tuple[int, int, int], set[Path], dict[str, str], list[str]]:
+    """Reads all files.
+
+    Returns:
+        The common shape of the images, the files with damaged metadata, the reasons why files cannot be read by their
+        names, and notes.
+    """
     paths = [path for classes in splits.values() for paths in classes.values() for path in paths]
     sizes, modes = collections.Counter(), collections.Counter()
-    transparent, odd, broken = 0, set(), []
+    transparent, odd, unreadable = 0, set(), {}
     for path in paths:
         try:
             image, is_transparent, is_odd = open_image(path)
         except Exception as error:  # Pillow raises some ten types for files that it cannot read
-            broken.append(f'  {shown(path.relative_to(folder))}: {str(error).replace(str(path), path.name)}')
+            unreadable[str(path.relative_to(folder))] = str(error).replace(str(path), path.name)
             continue
         odd |= {path} if is_odd else set()
         sizes[image.size] += 1
         modes[image.mode] += 1
         transparent += is_transparent
-    if broken:
-        more = [f'  and {len(broken) - 3} more'] if len(broken) > 3 else []
-        head = f'{len(broken)} of {len(paths)} images in {shown(folder)} cannot be read, so nothing was prepared:'
-        raise DataError('\n'.join([head, *broken[:3], *more, 'Repair or remove them, and run again.']))
-
-    notes = []
-    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]))
-    if 2 * count < len(paths):
-        size, count = FALLBACK_SIZE, sizes[FALLBACK_SIZE]
-    if count < len(paths):
-        notes.append(f'{len(paths) - count} of {len(paths)} images were stretched to {size[0]}x{size[1]} pixels')
+    notes, count = [], sizes.total()
+    size = (image_size, image_size) if image_size else _common_size(sizes)
+    if stretched := count - sizes[size]:
+        notes.append(f'{stretched} of {count} images were stretched to {size[0]}x{size[1]} pixels')
     mode = 'RGB' if modes['RGB'] else 'L'
     if mode == 'RGB' and modes['L']:
-        notes.append(f'{modes["L"]} of {len(paths)} images are grey among coloured ones and were made coloured')
+        notes.append(f'{modes["L"]} of {count} images are grey among coloured ones and were made coloured')
     if transparent:
-        notes.append(f'{transparent} of {len(paths)} images have transparent parts, which were laid on white')
+        notes.append(f'{transparent} of {count} images have transparent parts, which were laid on white')
     if odd:
-        notes.append(f'{len(odd)} of {len(paths)} images have damaged metadata, which was left out')
-    return size, mode, odd, notes
+        notes.append(f'{len(odd)} of {count} images have damaged metadata, which was left out')
+    width, height = size
+    return (height, width, 3 if mode == 'RGB' else 1), odd, unreadable, notes
+
+
+def _unreadable_error(folder: Path, unreadable: Mapping[str, str]) -> DataError:
+    more = [f'  and {len(unreadable) - 3} more'] if len(unreadable) > 3 else []
+    head = f'{len(unreadable)} images in {shown(folder)} cannot be read, so nothing was prepared:'
+    cure = 'Repair or remove them, or pass --skip-unreadable to leave them out.'
+    return DataError('\n'.join([head, *_lines(unreadable)[:3], *more, cure]))
+
+
+def _lines(unreadable: Mapping[str, str]) -> list[str]:
+    return [f'  {shown(name)}: {reason}' for name, reason in unreadable.items()]
+
+
+def _common_size(sizes: collections.Counter) -> tuple[int, int]:
+    """Returns the most frequent size, or a small one if fewer than half of the images have it."""
+    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]), default=(FALLBACK_SIZE, 0))
+    return size if 2 * count >= sizes.total() else FALLBACK_SIZE
 
 
 def open_image(path: Path) -> tuple[Image.Image, bool, bool]:
@@ -191,15 +226,16 @@ def _without_metadata(content: bytes) -> bytes | None:
     return b''.join(kept)
 
 
-def _image_or_path(path: Path, size: tuple[int, int], mode: str) -> Image.Image | str:
-    """Returns the path if the file can be stored unchanged, which keeps a JPEG small, or else the image."""
+def _has_shape(path: Path, shape: tuple[int, int, int]) -> bool:
+    """Returns whether the file can be stored unchanged, which keeps a JPEG small."""
+    height, width, channels = shape
     with Image.open(path, formats=FORMATS) as file:
         upright = _orientation(file) == 1
-        if file.size == size and file.mode == mode and upright and not file.has_transparency_data:
-            return str(path)
-    return _fitted(path, size, mode)
+        same = file.size == (width, height) and file.mode == MODES[channels]
+        return same and upright and not file.has_transparency_data
 
 
-def _fitted(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
+def _fitted(path: Path, shape: tuple[int, int, int]) -> Image.Image:
     image, _, _ = open_image(path)
-    return image.convert(mode).resize(size, Image.Resampling.BILINEAR)
+    array = pixels(image, shape)
+    return Image.fromarray(array[..., 0] if shape[-1] == 1 else array)

@@ -1,7 +1,7 @@
-"""One way to read every dataset: as a data source of tensorflow-datasets (TFDS), whoever prepared it.
+"""One way to read every dataset of images: as a data source of tensorflow-datasets (TFDS), whoever prepared it.
 
 A set has its name in TFDS (`mnist`, `emnist/letters`), is `digits`, or is the folder of one's own images.
-Reading takes no TensorFlow and no network; what is not there yet is prepared first.
+Reading takes no TensorFlow and no network; what is not there yet is prepared first. A .npz file is read as it is.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.data import digits, prepare, tfds_cache
+from experiments.data.arrays import Standardization, is_array_file, read_arrays
 from experiments.data.image_files import natural_order, shown, some
 from experiments.data.image_folder import FALLBACK_SIZE, image_folder
 from experiments.data.splits import MODES, LazySplit, Split
@@ -32,6 +33,7 @@ class Dataset:
     test: Split | LazySplit
     notes: tuple[str, ...]
     fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what tells these data from others
+    standardization: Standardization | None = None  # of the examples of a .npz file
 
     @property
     def num_classes(self) -> int:
@@ -44,28 +46,37 @@ class Dataset:
 
     @property
     def overview(self) -> str:
-        """Returns a line with the numbers of classes and images and the first class names."""
-        sizes = f'{len(self.train)} train and {len(self.test)} test images'
+        """Returns a line with the numbers of classes and examples and the first class names."""
+        kind = 'images' if self.standardization is None else 'examples'
+        sizes = f'{len(self.train)} train and {len(self.test)} test {kind}'
         return f'{self.name} has {self.num_classes} classes ({some(self.class_names)}), {sizes}'
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Returns height, width and channels."""
+        """Returns height, width and channels, or the shape of an example of a .npz file."""
         return self.train.image_shape
 
+    @property
+    def dtype(self) -> str:
+        """Returns the dtype of the examples."""
+        return str(self.train.dtype)
 
-def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dataset:
+
+def load(dataset: str, data_dir: Path | None = None, image_size: int = 0, skip_unreadable: bool = False) -> Dataset:
     """Reads a dataset, and prepares it first if it is not there.
 
     Args:
-        dataset: a name in the catalogue of TFDS, or `digits`, or a folder of images: `class/*.png|jpg|jpeg`,
-            or `train/class/*` and `test/class/*`.
+        dataset: a name in the catalogue of TFDS, or `digits`, or a folder of images: `class/*.png|jpg|jpeg|webp`,
+            or `train/class/*` and `test/class/*`; or a .npz file with arrays x and y, and x_test and y_test.
         data_dir: where prepared sets are; by default a folder in the user's cache.
         image_size: width and height that images are brought to; 0 leaves them as they are.
+        skip_unreadable: leaves out images of a folder that cannot be read, with a note for each.
 
     Raises:
         DataError: with what is wrong and what to do, in one to ten lines.
     """
+    if is_array_file(dataset):
+        return _standardized(dataset, image_size)
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
     wanted = data_dir or cache
     try:
@@ -73,7 +84,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
     except RuntimeError as error:  # nobody has that home
         raise DataError(f'{wanted} has no place ({error}); pass another --data-dir') from error
     try:
-        return _dataset(*_builder(dataset, data_dir), image_size)
+        return _dataset(*_builder(dataset, data_dir, image_size, skip_unreadable), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(
             f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}; mend that, or pass another '
@@ -81,7 +92,19 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0) -> Dat
         ) from error
 
 
-def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
+def _standardized(dataset: str, image_size: int) -> Dataset:
+    if image_size:
+        raise DataError(f'--image-size resizes images, but {shown(dataset)} has arrays; leave it out')
+    path = Path(dataset).expanduser()
+    arrays = read_arrays(path)
+    standardization = Standardization.of(arrays.train.images)
+    train, test = map(standardization.split, (arrays.train, arrays.test))
+    return Dataset(shown(path.name), arrays.class_names, train, test, arrays.notes, arrays.fingerprint, standardization)
+
+
+def _builder(
+    dataset: str, data_dir: Path, image_size: int, skip_unreadable: bool
+) -> tuple[str, tfds.core.DatasetBuilder, tuple[str, ...]]:
     """Returns the name of a dataset, the builder of its prepared copy, and notes.
 
     A name wins over a folder: `./mnist` is the folder.
@@ -94,12 +117,14 @@ def _builder(dataset: str, data_dir: Path) -> tuple[str, tfds.core.DatasetBuilde
     if name in catalogue:
         return dataset, prepare.public(dataset, data_dir), ()
     if folder.is_dir():
-        return shown(folder.name), *image_folder(folder, data_dir)
+        return shown(folder.name), *image_folder(folder, data_dir, image_size, skip_unreadable)
     if copy := tfds_cache.find(dataset, data_dir):
         return dataset, copy, ()
     near = difflib.get_close_matches(name, ['digits', *catalogue], n=3)
     hint = f'; did you mean {" or ".join(near)}?' if near else ''
-    raise DataError(f'{shown(dataset)} is neither a dataset of tensorflow-datasets nor a folder of images{hint}')
+    raise DataError(
+        f'{shown(dataset)} is neither a dataset of tensorflow-datasets nor a folder of images nor a .npz file{hint}'
+    )
 
 
 def _dataset(name: str, builder: Any, notes: tuple[str, ...], image_size: int) -> Dataset:

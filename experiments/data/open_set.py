@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from experiments.data.arrays import Standardization
 from experiments.data.image_files import all_numbers, some
 from experiments.data.load import Dataset
 from experiments.data.splits import Split
@@ -78,10 +79,20 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     parts = [split.take(np.flatnonzero((own >= 0) & verified[own])) for split, own in both]
     images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     notes.append(
-        f'{len(names)} classes are trained on, {len(known_part.train)} images; {verified.sum()} others are verified '
-        f'({some([data.class_names[label] for label in np.flatnonzero(verified)])}), {len(labels)} images'
+        f'{len(names)} classes are trained on, {len(known_part.train)} examples; {verified.sum()} others are verified '
+        f'({some([data.class_names[label] for label in np.flatnonzero(verified)])}), {len(labels)} examples'
     )
-    return OpenSet(dataclasses.replace(known_part, notes=tuple(notes)), Split(images, labels))
+    held = Split(images, labels)
+    if data.standardization:  # by the known classes alone, since the others must be new to the network
+        own = Standardization.of(known_part.train.take(range(len(known_part.train)))[0])
+        known_part = dataclasses.replace(
+            known_part,
+            train=own.split(known_part.train),
+            test=own.split(known_part.test),
+            standardization=data.standardization.then(own),
+        )
+        held = own.split(held)
+    return OpenSet(dataclasses.replace(known_part, notes=tuple(notes)), held)
 
 
 def _parsed(held_out: str, names: Sequence[str]) -> np.ndarray:

@@ -27,7 +27,7 @@ MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 class Split:
     """Examples in memory."""
 
-    images: np.ndarray  # [N, H, W, K] uint8
+    images: np.ndarray  # [N, H, W, K] uint8, or [N, ...] of another dtype from a .npz file
     labels: np.ndarray  # [N] int32; -1 is no label
 
     def __len__(self) -> int:
@@ -46,6 +46,10 @@ class Split:
     def image_shape(self) -> tuple[int, ...]:
         return self.images.shape[1:]
 
+    @property
+    def dtype(self) -> np.dtype:
+        return self.images.dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class LazySplit:
@@ -59,6 +63,10 @@ class LazySplit:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
 
     def take(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns images `[n, H, W, K]` and labels `[n]` of these examples."""

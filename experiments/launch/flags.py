@@ -30,22 +30,32 @@ def flag(name: str) -> str:
     return '--' + name.replace('_', '-')
 
 
-def _parse_folder(words: list[str]) -> Path:
+def _is_class_name(model: str) -> bool:
+    """Returns whether `model` has the form `package.module:Class`."""
+    module, _, name = model.partition(':')
+    return all(part.isidentifier() for part in (*module.split('.'), name))
+
+
+def _parse_path(words: list[str]) -> Path:
     if not words[0]:
-        raise ValueError("'' is no folder; for the current directory give .")
+        raise ValueError("'' is no path; for the current directory give .")
     return Path(words[0])
 
 
 # Path('') is the current directory, so that an unset shell variable must be found before the dataclass is made.
-_FOLDER = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar='FOLDER',
-    instance_from_str=_parse_folder,
-    is_instance=lambda value: value is None or isinstance(value, Path),
-    str_from_instance=lambda value: [str(value)],
-)
-Folder = Annotated[Path, _FOLDER]
-OptionalFolder = Annotated[Path | None, _FOLDER]
+def _path(metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=_parse_path,
+        is_instance=lambda value: value is None or isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Folder = Annotated[Path, _path('FOLDER')]
+OptionalFolder = Annotated[Path | None, _path('FOLDER')]
+OptionalFile = Annotated[Path | None, _path('FILE')]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +64,20 @@ class Common:
 
     PROGRAM: ClassVar[str]
     # Flags that may change on --resume. For the dataset, the fingerprint of the data is compared instead.
-    FREE: ClassVar[tuple[str, ...]] = ('dataset', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
+    FREE: ClassVar[tuple[str, ...]] = ('dataset', 'skip_unreadable', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
 
     dataset: str = 'digits'
-    """a dataset of TFDS, such as mnist or cifar10; digits, which needs no download; or a folder of images"""
+    """a dataset of TFDS, such as mnist; digits, which needs no download; a folder of images; or a .npz file"""
     data_dir: OptionalFolder = None
     """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
     """width and height in pixels to which all images are resized; 0 keeps their size"""
+    skip_unreadable: bool = False
+    """leave out images of a folder that cannot be read, and list them"""
     out: Folder = Path('runs')
     """folder for the files of the run"""
-    model: Literal['small', 'lenets++'] = 'small'
-    """network: a small CNN, or the LeNets++ of the paper, which is slow on a CPU"""
+    model: str = 'small'
+    """network: small, a CNN, or an MLP for a .npz file; lenets++ of the paper; or package.module:Class, in Linen"""
     feature_dim: int = 2
     """number of feature dimensions; pictures show 2, by PCA if there are more"""
     epochs: int = 30
@@ -87,6 +99,8 @@ class Common:
         for name in ('feature_dim', 'epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if self.model not in TRUNKS and not _is_class_name(self.model):
+            raise FlagError(f'--model must be {", ".join(TRUNKS)} or package.module:Class, got {self.model}')
         if not self.dataset:
             raise FlagError("--dataset '' is neither a dataset nor a folder; for the current directory give .")
         for name in ('image_size', 'images_per_class'):
@@ -106,14 +120,18 @@ class Common:
 
     def check_data(self, train: Split | LazySplit) -> list[str]:
         """Raises DataError if the network cannot be trained on such data. Returns notes on its batches."""
-        channels, _ = TRUNKS[self.model]
-        height, width, _ = train.image_shape
-        smallest = 2 ** len(channels)
-        if min(height, width) < smallest:
-            raise DataError(
-                f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs at least '
-                f'{smallest}x{smallest}; pass --image-size {smallest} or more'
-            )
+        is_image = train.dtype == np.uint8
+        if is_image and self.model in TRUNKS:
+            channels, _ = TRUNKS[self.model]
+            height, width, _ = train.image_shape
+            smallest = 2 ** len(channels)
+            if min(height, width) < smallest:
+                raise DataError(
+                    f'images of {self.dataset} are {width}x{height} pixels, but the network {self.model} needs at '
+                    f'least {smallest}x{smallest}; pass --image-size {smallest} or more'
+                )
+        if not is_image and self.model == 'lenets++':
+            raise DataError(f'--model lenets++ takes images, but {self.dataset} has arrays; pass --model small')
         if self.batch_size > max(len(train), LARGEST_PADDED_BATCH):
             raise DataError(
                 f'--batch-size is {self.batch_size}, but {self.dataset} has only {len(train)} train examples; '

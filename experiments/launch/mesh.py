@@ -59,10 +59,10 @@ class Devices:
         return jax.tree_util.tree_map_with_path(place, state)
 
     def place_batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
-        """Splits a batch, or this process's part of it, over the devices, padded with examples of label -1."""
+        """Splits a batch, or this process's part of it, over the devices, padded with repeated images of label -1."""
         missing = -len(labels) % (len(self.devices) // jax.process_count())
         if missing:
-            images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+            images = np.resize(images, (len(images) + missing, *images.shape[1:]))
             labels = np.pad(labels, (0, missing), constant_values=-1)
         if self.mesh is not None:
             return self.spread((images, labels))

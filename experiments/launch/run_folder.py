@@ -25,7 +25,7 @@ from experiments.launch.atomic_files import lock, write_table, write_text
 from experiments.launch.mesh import Devices
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
-KNOWN, DATA = 'known.json', 'data.json'
+KNOWN, DATA, INPUTS = 'known.json', 'data.json', 'inputs.npz'
 LOCK = '.lock'
 TABLES = ('verification.csv', 'sweep.csv')
 PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'report.html')
@@ -102,7 +102,7 @@ class Run:
             raise RunError(
                 f'--out {out} holds a run; pass --resume to continue it, --overwrite to replace it, or another folder'
             )
-        names = (METRICS, SUMMARY, KNOWN, DATA, *TABLES, *PAGES, *FOLDERS)
+        names = (METRICS, SUMMARY, KNOWN, DATA, INPUTS, *TABLES, *PAGES, *FOLDERS)
         taken = [name for name in names if os.path.lexists(out / name)]
         if taken and not held:
             raise RunError(
@@ -149,7 +149,7 @@ class Run:
             raise RunError(f'--out {self.out} holds a run that has just started; pass another folder')
 
     def _clear(self, config: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-        for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN):
+        for name in (*reversed(PAGES), *TABLES, SUMMARY, KNOWN, INPUTS):
             (self.out / name).unlink(missing_ok=True)
         if not self.resumed:
             for name in (METRICS, DATA):

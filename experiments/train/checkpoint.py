@@ -19,7 +19,6 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.training.train_state import TrainState
 
 from experiments.launch import processes
 from experiments.launch.atomic_files import sync, sync_tree
@@ -36,7 +35,7 @@ from experiments.train.save_files import (
     system_reason,
     unfinished_saves,
 )
-from experiments.train.step import Tally
+from experiments.train.step import Tally, TrainState
 
 KEPT = 2
 
@@ -86,7 +85,7 @@ class Checkpoints:
         host = self._devices.fetch(state)
         rest = {'position': batches.get_state(), 'tally': tally, 'rows': self.rows, **self._identity}
         items = {
-            'state': ocp.args.StandardSave(host),
+            'state': ocp.args.StandardSave(_stored(host)),
             'rest': ocp.args.JsonSave({**rest, 'checksum': _checksum(host, rest)}),
         }
         with self._writing():
@@ -135,7 +134,7 @@ class Checkpoints:
                 if shapes is None:
                     raise ValueError('it lacks the metadata of its arrays')
                 _check_shapes(shapes, like)
-                found = _read(self._manager, step, like)
+                found = _read(self._manager, step, _stored(like))
             except RunError:
                 raise
             except Exception as caught:  # Orbax and TensorStore raise many types for a damaged file
@@ -150,11 +149,11 @@ class Checkpoints:
                 self._manager.reload()
                 continue
             assert found is not None
-            state, rest = found
+            fields, rest = found
             _check_identity(path, rest, self._identity)
             batches.set_state(rest['position'])
             self.rows = rest['rows']
-            return state, Tally(*rest['tally'])
+            return like.replace(**fields), Tally(*rest['tally'])
         return None
 
 
@@ -165,6 +164,14 @@ def newest(folder: Path) -> int:
 
 def saved_params(folder: Path | str, arm: str = '') -> dict[str, Any]:
     """Returns the parameters and centers of the newest save of an arm, `{'params': ..., 'centers': ...}`, in NumPy.
+
+    Raises the errors of `saved_state`.
+    """
+    return saved_state(folder, arm)['params']
+
+
+def saved_state(folder: Path | str, arm: str = '') -> dict[str, Any]:
+    """Returns the fields of the newest save of an arm, such as `params`, in NumPy.
 
     Raises:
       RunError: if there is no save, if it is damaged, or if it is not one of `arm`, where that is given.
@@ -179,7 +186,7 @@ def saved_params(folder: Path | str, arm: str = '') -> dict[str, Any]:
             state, rest = _read(manager, step)
             if arm:
                 _check_identity(path, rest, {'arm': arm})
-            return state['params']
+            return state
         except RunError:
             raise
         except Exception as error:
@@ -206,7 +213,13 @@ def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     )
 
 
-def _read(manager: ocp.CheckpointManager, step: int, like: TrainState | None = None) -> tuple[Any, dict[str, Any]]:
+def _stored(state: TrainState) -> dict[str, Any]:
+    """Returns the fields of a state that have arrays, as a save holds them."""
+    fields = {name: getattr(state, name) for name in ('step', 'params', 'opt_state', 'collections', 'dropout_key')}
+    return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+
+
+def _read(manager: ocp.CheckpointManager, step: int, like: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
     items = {'state': ocp.args.StandardRestore(like), 'rest': ocp.args.JsonRestore()}
     saved: Any = manager.restore(step, args=ocp.args.Composite(**items))
     state, rest = saved['state'], saved['rest']

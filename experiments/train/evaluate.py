@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.training.train_state import TrainState
 from jax import Array
 
 import centerloss_jax as clj
@@ -19,6 +18,7 @@ from experiments.launch.mesh import Devices
 from experiments.metrics.held_out import Roc, unknown_auroc, verify
 from experiments.metrics.retrieval import retrieve
 from experiments.train.snapshots import Snapshot
+from experiments.train.step import TrainState
 from experiments.train.thresholds import threshold_of
 
 EVAL_BATCH_SIZE = 512
@@ -70,11 +70,11 @@ def evaluate(state: TrainState, split: Split | LazySplit, devices: Devices) -> E
 
 def embed(state: TrainState, split: Split | LazySplit, devices: Devices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns features, logits and labels of a whole split."""
-    outputs = []
+    outputs, variables = [], {'params': state.params['params'], **state.collections}
     batch_size = devices.rounded_up(EVAL_BATCH_SIZE)
     for batch in eval_batches(split, batch_size, jax.process_index(), jax.process_count()):
         images, labels = devices.spread(batch)
-        outputs.append((*_predict(state.params['params'], images, state.apply_fn), labels))
+        outputs.append((*_predict(variables, images, state.apply_fn), labels))
     # The last batch is padded.
     columns = zip(*devices.gather(outputs), strict=True)
     features, logits, labels = (np.concatenate(column)[: len(split)] for column in columns)
@@ -88,8 +88,8 @@ def nearest(state: TrainState, features: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 @jax.jit(static_argnames='apply_fn')
-def _predict(params, images: Array, apply_fn) -> tuple[Array, Array]:
-    return apply_fn({'params': params}, images)
+def _predict(variables, images: Array, apply_fn) -> tuple[Array, Array]:
+    return apply_fn(variables, images)
 
 
 @jax.jit

@@ -77,7 +77,7 @@ class Task(NamedTuple):
 
 def load_open_set(settings: Common, held_out: str) -> OpenSet:
     """Loads the dataset of a sweep, divided into known and held-out classes."""
-    data = load(settings.dataset, settings.data_dir, settings.image_size)
+    data = load(settings.dataset, settings.data_dir, settings.image_size, settings.skip_unreadable)
     open_set = divide(data, held_out)
     notes = (data.overview, *data.notes, *open_set.known.notes)
     return dataclasses.replace(open_set, known=dataclasses.replace(open_set.known, notes=notes))
@@ -171,7 +171,9 @@ class Trainer:
         task, devices, known = self._task, self._devices, self._open_set.known
         settings, model = task.settings, self._model(cell.feature_dim)
         start = time.perf_counter()
-        state = create_state(model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices)
+        state = create_state(
+            model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices, known.dtype
+        )
         process = jax.process_index(), jax.process_count()
         batches = train_batches(
             known.train, settings.batch_size, cell.seed, *process, images_per_class=settings.images_per_class

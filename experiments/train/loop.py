@@ -14,15 +14,17 @@ from typing import Any, Protocol, TypeVar
 import grain
 import jax
 import numpy as np
-from flax.training.train_state import TrainState
 
+from experiments.data.arrays import is_array_file
 from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import Dataset, load
 from experiments.launch import output, processes
 from experiments.launch.flags import Settings
 from experiments.launch.mesh import Devices
+from experiments.launch.network import check_network, find_network
 from experiments.launch.run_folder import (
     CHECKPOINTS,
+    INPUTS,
     KNOWN,
     METRICS,
     PROFILE,
@@ -38,7 +40,7 @@ from experiments.launch.stopping import Stop
 from experiments.train.checkpoint import RECIPE, Checkpoints, newest
 from experiments.train.logging import Progress, Scalars, traced
 from experiments.train.model import Classifier
-from experiments.train.step import Metrics, Tally, create_state, train_step
+from experiments.train.step import Metrics, Tally, TrainState, create_state, train_step
 
 Result = TypeVar('Result')
 
@@ -70,14 +72,17 @@ class Job:
     def finished(self, *names: str) -> bool:
         """Returns whether the run and the files `names` are complete. If so, prints a line."""
         settings = {**self.settings.decisive(), 'dataset': self.settings.dataset, 'epochs': self.settings.epochs}
-        finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *names))
+        inputs = (INPUTS,) if is_array_file(self.settings.dataset) else ()
+        finished = self.run.finished(settings, (METRICS, SUMMARY, KNOWN, *inputs, *names))
         if finished:
             self.tell(f'the run is finished; see {self.run.out / "report.html"}')
         return finished
 
     def load(self) -> Dataset:
-        """Loads the dataset and prints its notes."""
-        data = load(self.settings.dataset, self.settings.data_dir, self.settings.image_size)
+        """Imports the network, loads the dataset and prints its notes."""
+        settings = self.settings
+        self.network = find_network(settings.model)
+        data = load(settings.dataset, settings.data_dir, settings.image_size, settings.skip_unreadable)
         for note in (data.overview, *data.notes):
             self.tell(note)
         return data
@@ -86,7 +91,12 @@ class Job:
         """Starts or resumes the run on this data."""
         self.data = data
         self.steps = steps_of(data.train, self.settings.batch_size)
-        facts = {'num_classes': data.num_classes, 'image_shape': data.image_shape, 'train_examples': len(data.train)}
+        facts = {
+            'num_classes': data.num_classes,
+            'image_shape': data.image_shape,
+            'dtype': data.dtype,
+            'train_examples': len(data.train),
+        }
         if self.run.resumed:
             self._check_columns()
             self._check_centers()
@@ -97,7 +107,11 @@ class Job:
                 raise RunError(f'--epochs is {epochs}, but the run in {out} has more epochs already')
         for note in self.settings.check_data(data.train):
             self.tell(note)
+        self.model = Classifier(self.network, self.settings.feature_dim, data.num_classes)
+        check_network(self.model, data.image_shape, data.dtype, self.settings.model)
         self.run.start({**dataclasses.asdict(self.settings), **facts, **self._surroundings}, data.identity)
+        if data.standardization and processes.is_main_process():
+            data.standardization.save(self.run.out / INPUTS)
 
     def _check_columns(self) -> None:
         """Raises RunError if metrics.csv of the resumed run lacks a column that this version writes."""
@@ -139,7 +153,6 @@ class Job:
             The result of each arm, by name.
         """
         settings = self.settings
-        model = Classifier(settings.model, settings.feature_dim, self.data.num_classes)
         step = self.devices.compile(train_step)
         resume = dataclasses.replace(settings, resume=True, overwrite=False).command()
         traces = settings.profile and processes.is_main_process()
@@ -148,7 +161,13 @@ class Job:
         with Progress(self.console) as progress, Stop(resume) as stop, profile as step:
             for arm in arms:
                 placed = create_state(
-                    model, self.data.image_shape, arm.seed, settings.learning_rate, settings.alpha, self.devices
+                    self.model,
+                    self.data.image_shape,
+                    arm.seed,
+                    settings.learning_rate,
+                    settings.alpha,
+                    self.devices,
+                    self.data.dtype,
                 )
                 initial = self.devices.fetch(placed)
                 folder = self.run.out / CHECKPOINTS / arm.name

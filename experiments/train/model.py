@@ -4,6 +4,8 @@ The classifier has no bias and the features have no activation. So the softmax s
 as in the star of the paper's Fig. 2.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -43,14 +45,31 @@ class Stages(nn.Module):
         return x.reshape(x.shape[0], -1)
 
 
+class HiddenLayers(nn.Module):
+    """Dense layers with PReLU, for examples that are no images."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x.reshape(len(x), -1)
+        for width in self.widths:
+            x = nn.PReLU(negative_slope_init=0.25)(nn.Dense(width)(x))
+        return x
+
+
 # LeNets++ is in the paper's Table 1. The small trunk is for CPUs, where XLA's convolutions are slow.
 TRUNKS = {'small': ((32, 64), 3), 'lenets++': ((32, 64, 128), 5)}
+
+
+# The small trunk for the arrays of a .npz file.
+WIDTHS = (128, 128)
 
 
 class Classifier(nn.Module):
     """A trunk, D features, C logits, and the center loss of the features if labels are given."""
 
-    trunk: str
+    trunk: str | type[nn.Module]  # a name in TRUNKS, or a network of the user's that returns features
     feature_dim: int
     num_classes: int
 
@@ -59,14 +78,28 @@ class Classifier(nn.Module):
         """Returns (features, logits), and with labels also (center loss, rows).
 
         Args:
-            images: `[B, H, W, K]` uint8.
+            images: `[B, H, W, K]` uint8, or standardized examples `[B, ...]` float32.
             labels: `[B]`, integers.
             axis_name: The mapped axis of the batch under pmap.
         """
-        x = images.astype(jnp.float32) / 127.5 - 1
-        features = nn.Dense(self.feature_dim, name='features')(Stages(*TRUNKS[self.trunk])(x))
+        is_image = images.dtype == jnp.uint8
+        x = images.astype(jnp.float32) / 127.5 - 1 if is_image else images
+        if isinstance(self.trunk, str):
+            trunk = Stages(*TRUNKS[self.trunk]) if is_image else HiddenLayers(WIDTHS)
+            features = nn.Dense(self.feature_dim, name='features')(trunk(x))
+        else:
+            features = self._custom(x, train=labels is not None)
         logits = nn.Dense(self.num_classes, use_bias=False, name='logits')(features)
         if labels is None:
             return features, logits
         center = clj.linen.CenterLoss(self.num_classes, name='center')
         return features, logits, *center(features, labels, axis_name=axis_name)
+
+    def _custom(self, x: Array, train: bool) -> Array:
+        """Returns the features of a network of the user's, in float32."""
+        build: Any = self.trunk
+        features = build(feature_dim=self.feature_dim, name='network')(x, train=train)
+        shape, wanted = getattr(features, 'shape', None), (len(x), self.feature_dim)
+        if shape != wanted:
+            raise ValueError(f'the features must have the shape {wanted}, got {shape or type(features).__name__}')
+        return features.astype(jnp.float32)

@@ -14,6 +14,7 @@ from PIL import Image
 from experiments import predict, toy2d
 from experiments.data.load import load
 from experiments.plots.contact_sheet import draw_contact_sheet
+from experiments.train.checkpoint import saved_params
 from experiments.train.thresholds import threshold_of
 from tests.support import tiny
 
@@ -91,6 +92,31 @@ def test_a_folder_of_files_gives_what_the_split_that_they_are_from_gives(trained
         np.testing.assert_allclose(float(row['distance']), float(same['distance']), rtol=1e-4)
 
 
+def test_embeddings_are_read_without_pickle_and_replaced_only_if_they_may_be(trained, tmp_path, capsys):
+    file = tmp_path / 'digits.npz'
+    flags = '--images', 'digits:test', '--run', trained, '--out', tmp_path / 'out', '--embeddings'
+    assert run(*flags, file) == 0
+    with np.load(file, allow_pickle=False) as arrays:
+        found = dict(arrays)
+    rows = predictions(tmp_path / 'out')
+    assert (found['features'].shape, found['features'].dtype) == ((len(rows), 2), np.float32)
+    assert found['names'].tolist() == [row['image'] for row in rows]
+    assert found['nearest'].tolist() == [row['nearest'] for row in rows]
+    np.testing.assert_allclose(found['distances'], [float(row['distance']) for row in rows], rtol=1e-6)
+    centers = saved_params(trained / 'checkpoints' / 'center')['centers']['center']['centers']
+    nearest = centers[found['nearest'].astype(int)]
+    np.testing.assert_allclose(np.linalg.norm(found['features'] - nearest, axis=1), found['distances'], rtol=1e-4)
+    before = file.read_bytes()
+    for path, named in ((file, '--overwrite'), (tmp_path / 'no' / 'a.npz', 'folder'), (tmp_path / 'a.csv', '.npz')):
+        capsys.readouterr()
+        assert run(*flags, path, '--out', tmp_path / 'other') == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert '--embeddings' in error
+        assert named in error
+    assert file.read_bytes() == before
+    assert run(*flags, file, '--overwrite') == 0
+
+
 def test_a_mesh_labels_as_one_device_does(trained, tmp_path):
     flags = '--images', 'digits:test', '--run', trained
     assert run(*flags, '--out', tmp_path / 'one', '--parallel', 'none') == 0
@@ -116,7 +142,7 @@ def test_an_image_that_is_no_digit_is_unknown(trained, tmp_path):
         (('--images', 'digits:validation'), (':train', ':test')),
         (('--images', 'digits:test', '--arm', 'triplet'), ('triplet', 'softmax', 'center')),
         (('--images', 'digits:test', '--run', 'nowhere'), ('nowhere', '--resume')),
-        (('--images', '{empty}'), ('*.png',)),
+        (('--images', '{empty}'), ('*.png|jpg|jpeg|webp',)),
         (('--images', '{broken}'), ('broken.png',)),
     ],
 )

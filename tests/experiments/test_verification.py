@@ -138,7 +138,7 @@ def test_omniglot_whose_splits_have_alphabets_of_their_own_is_verified_on_those_
     flags = ('--dataset', 'omniglot', '--data-dir', tmp_path, '--image-size', 28, '--out', out)
     assert run(*flags, '--parallel', 'none', '--epochs', 1, '--seeds', 1, '--batch-size', 8) == 0
     said = capsys.readouterr().out
-    assert '5 classes are trained on, 25 images; 3 others are verified (' in said
+    assert '5 classes are trained on, 25 examples; 3 others are verified (' in said
     assert '), 18 images\n' in said
     config = json.loads((out / 'config.json').read_text())
     assert (config['num_classes'], config['image_shape']) == (5, [28, 28, 3])

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.data.load import Dataset
+from experiments.data.load import Dataset, load
 from experiments.data.splits import LazySplit, Split
 from experiments.launch import cli
 
@@ -96,3 +96,9 @@ def strict(path: Path) -> dict:
 def rows(out: Path) -> list[dict[str, str]]:
     with (out / 'metrics.csv').open(newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
+
+
+def digits_test() -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the test split of the digits."""
+    split = load('digits').test
+    return split.take(range(len(split)))

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -10,6 +11,7 @@ from experiments import predict
 from experiments.data.image_files import natural_order
 from experiments.data.load import load
 from experiments.data.tfds_cache import DataError
+from tests.support.tiny import all_of
 
 
 def write(path: Path) -> Path:
@@ -84,10 +86,52 @@ def test_a_broken_link_is_unreadable_for_both(tmp_path, cache):
         predicted(root)
 
 
+@pytest.mark.parametrize(('image_size', 'shape'), [(0, (64, 64, 3)), (128, (128, 128, 3))])
+def test_training_and_predict_resize_a_file_once_to_the_same_pixels(tmp_path, cache, image_size, shape):
+    stripes = np.tile(np.repeat(np.array([32, 224], np.uint8), 4), (300, 40))
+    for number, (mode, suffix) in enumerate([('RGB', 'png'), ('L', 'jpg'), ('RGB', 'webp'), ('LA', 'png')] * 2):
+        path = tmp_path / 'own' / f'{number % 2}' / f'{number}.{suffix}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(stripes[: 200 + number, : 128 + 8 * number]).convert(mode).save(path)
+    trained, _ = all_of(load(str(tmp_path / 'own'), cache, image_size))
+    _, split = predict._images(predict.Config(images=str(tmp_path / 'own')), list(shape), print)
+    assert trained.shape == (8, *shape)
+    for image in trained:  # in another order
+        assert (split.images == image).all(axis=(1, 2, 3)).any()
+    if image_size:
+        assert trained.std(axis=2).min() > 70  # 96 in the files, 25 by way of 64 x 64
+
+
+def test_copies_of_two_sizes_are_kept_until_the_files_change(tmp_path, cache):
+    root = classes(tmp_path / 'own', 'cat', 'dog')
+    for image_size in (0, 16):
+        load(str(root), cache, image_size)
+    assert len([*cache.glob('image_folders/*')]) == 2
+    write(root / 'cat' / 'new.png')
+    load(str(root), cache, 16)
+    assert len([*cache.glob('image_folders/*')]) == 1
+
+
+def test_predict_leaves_out_unreadable_files_if_it_may(tmp_path):
+    root = classes(tmp_path / 'own', 'cat')
+    (root / 'cat' / 'broken.png').touch()
+    with pytest.raises(DataError, match=r'broken\.png cannot be read; .*--skip-unreadable'):
+        predicted(root)
+    said = []
+    config = predict.Config(images=str(root), skip_unreadable=True)
+    names, split = predict._images(config, [8, 8, 1], said.append)
+    assert (names, len(split)) == (['cat/0.png', 'cat/1.png'], 2)
+    assert said[0].startswith('cat/broken.png cannot be read and is left out: ')
+    for path in root.rglob('[01].png'):
+        path.unlink()
+    with pytest.raises(DataError, match='no image that can be read'):
+        predict._images(config, [8, 8, 1], said.append)
+
+
 def test_predict_names_the_files_that_it_leaves_out(tmp_path):
     root = classes(tmp_path / 'own', 'cat')
     (root / 'notes.txt').touch()
-    assert predicted(root)[1] == ['files left out, since they are no *.png|jpg|jpeg: notes.txt']
+    assert predicted(root)[1] == ['files left out, since they are no *.png|jpg|jpeg|webp: notes.txt']
 
 
 @pytest.mark.parametrize('name', ['val', 'valid', 'validation'])

@@ -55,7 +55,7 @@ def test_a_folder_of_classes_is_divided_by_class(folder, cache):
     np.testing.assert_array_equal(all_of(load(str(folder), cache))[0], images)
 
 
-@pytest.mark.parametrize('suffix', ['png', 'jpg', 'jpeg', 'JPG'])
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'jpeg', 'JPG', 'webp'])
 def test_train_and_test_folders_are_taken_as_they_are(tmp_path, cache, suffix):
     for split, count in (('train', 3), ('test', 2)):
         for name, color in (('b', (0, 0, 255)), ('a', (255, 0, 0))):
@@ -325,20 +325,40 @@ def test_unreadable_files_are_named_and_nothing_is_prepared(folder, cache):
     for number in range(5):
         (folder / 'cat' / f'broken{number}.png').write_bytes(b'no image')
     for _ in ('first', 'again'):
-        with pytest.raises(DataError, match=r'5 of 20 images in .* cannot be read') as error:
+        with pytest.raises(DataError, match=r'5 images in .* cannot be read') as error:
             load(str(folder), cache)
         message = str(error.value)
         assert 'cat/broken0.png: ' in message
         assert 'and 2 more' in message
         assert len(message.splitlines()) <= 10
+        assert '--skip-unreadable' in message
     assert not list(cache.rglob('*.array_record*'))
+
+
+def test_unreadable_files_may_be_left_out_with_a_list(folder, cache):
+    for number in range(5):
+        (folder / 'cat' / f'broken{number}.png').write_bytes(b'no image')
+    (folder / 'bird').mkdir()
+    (folder / 'bird' / 'broken.png').touch()
+    for _ in ('prepared', 'read again'):
+        dataset = load(str(folder), cache, skip_unreadable=True)
+        assert dataset.class_names == ('cat', 'dog')
+        assert (counts(dataset.train).tolist(), counts(dataset.test).tolist()) == ([8, 4], [2, 1])
+        at = dataset.notes.index('6 images cannot be read and are left out:')
+        names = [line.partition(':')[0] for line in dataset.notes[at + 1 : at + 7]]
+        assert names == ['  bird/broken.png', *(f'  cat/broken{number}.png' for number in range(5))]
+        with pytest.raises(DataError, match='--skip-unreadable'):
+            load(str(folder), cache)
+    for path in folder.glob('*/broken*'):
+        path.unlink()
+    assert load(str(folder), cache).fingerprint == dataset.fingerprint
 
 
 def test_a_file_cut_short_and_a_broken_link_are_unreadable(folder, cache):
     cut = write(folder / 'dog' / 'cut.jpg', (1, 2, 3), size=(60, 40))
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     os.symlink(folder / 'nowhere', folder / 'cat' / 'link.png')
-    with pytest.raises(DataError, match='2 of 17 images') as error:
+    with pytest.raises(DataError, match='2 images in') as error:
         load(str(folder), cache)
     assert 'dog/cut.jpg' in str(error.value)
     assert 'cat/link.png' in str(error.value)
@@ -363,11 +383,16 @@ def test_files_that_are_left_out_are_said(folder, cache):
     assert note_with(dataset, 'left out').endswith('cat/deeper/0.png, cat/notes.txt, loose.png')
 
 
-def test_train_and_test_with_other_classes_are_an_error(tmp_path, cache):
+def test_classes_without_train_images_are_an_error_and_classes_without_test_images_are_named(tmp_path, cache):
     for name in ('train/a', 'train/b', 'train/c', 'test/a', 'test/d'):
         write(tmp_path / 'own' / name / '0.png', (1, 2, 3))
-    with pytest.raises(DataError, match='only one of them has train/b, train/c, test/d'):
+    with pytest.raises(DataError, match=r'classes in test/ that train/ lacks: test/d; add train images'):
         load(str(tmp_path / 'own'), cache)
+    (tmp_path / 'own' / 'test' / 'd').rename(tmp_path / 'd')
+    dataset = load(str(tmp_path / 'own'), cache)
+    assert dataset.class_names == ('a', 'b', 'c')
+    assert (counts(dataset.train).tolist(), counts(dataset.test).tolist()) == ([1, 1, 1], [1])
+    assert dataset.notes == ('2 of 3 classes have train images but no test images: b, c',)
 
 
 @pytest.mark.parametrize('files', [[], ['0.png'], ['a/0.png', 'a/1.png'], ['a/b/0.png', 'c/d/0.png']])
@@ -377,7 +402,7 @@ def test_a_folder_without_two_classes_is_an_error_that_shows_the_layout(tmp_path
         write(tmp_path / 'own' / file, (1, 2, 3))
     with pytest.raises(DataError, match='at least two classes') as error:
         load(str(tmp_path / 'own'), cache)
-    assert 'class/*.png|jpg|jpeg' in str(error.value)
+    assert 'class/*.png|jpg|jpeg|webp' in str(error.value)
 
 
 def test_a_folder_with_nothing_to_test_on_is_an_error(tmp_path, cache):
