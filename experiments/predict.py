@@ -12,29 +12,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.data.image_files import notes_on, shown, walk
-from experiments.data.image_folder import open_image
-from experiments.data.load import load
 from experiments.data.splits import Split, pixels
-from experiments.data.tfds_cache import DataError
-from experiments.launch import cli, output, processes
+from experiments.launch import cli
 from experiments.launch.atomic_files import write_table
+from experiments.launch.errors import DataError, RunError
 from experiments.launch.flags import DeviceFlags, Folder, OptionalFolder
-from experiments.launch.mesh import choose
-from experiments.launch.run_folder import CHECKPOINTS, RunError, check_folder, read_config
-from experiments.plots.contact_sheet import draw_contact_sheet
-from experiments.train.checkpoint import saved_params
-from experiments.train.evaluate import embed, nearest
-from experiments.train.model import Classifier
-from experiments.train.step import create_state
-from experiments.train.thresholds import read_known
 
 UNKNOWN = 'unknown'
 _TABLE, _PICTURE = 'predictions.csv', 'predictions.png'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(DeviceFlags):
+class Labelling:
     """Images, the network that labels them, and where the predictions go."""
 
     images: str
@@ -49,11 +38,23 @@ class Config(DeviceFlags):
     """folder for the predictions; by default predictions in --run, where earlier ones are replaced"""
     overwrite: bool = False
     """replace the predictions in --out"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(DeviceFlags, Labelling):
+    """Settings of a labelling."""
+
     parallel: Literal['auto', 'none'] = 'auto'
     """auto splits the images over all devices, none uses only the first device"""
 
 
 def main(config: Config) -> None:
+    from experiments.launch import output, processes
+    from experiments.launch.run_folder import CHECKPOINTS, read_config
+    from experiments.plots.contact_sheet import draw_contact_sheet
+    from experiments.train.evaluate import embed, nearest
+    from experiments.train.thresholds import read_known
+
     console = output.console()
     tell = partial(console.print, highlight=False, soft_wrap=True)
     class_names, thresholds = read_known(config.run)
@@ -89,6 +90,9 @@ def main(config: Config) -> None:
 
 def _folder(config: Config) -> Path:
     """Returns the folder for the predictions. In a folder that --out names, only --overwrite replaces earlier ones."""
+    from experiments.launch import processes
+    from experiments.launch.run_folder import check_folder
+
     out = config.out or config.run / 'predictions'
     if processes.is_main_process():
         check_folder(out)
@@ -100,6 +104,11 @@ def _folder(config: Config) -> Path:
 
 def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
     """Restores the parameters and centers of an arm, without the state of the optimizer."""
+    from experiments.launch.mesh import choose
+    from experiments.train.checkpoint import saved_params
+    from experiments.train.model import Classifier
+    from experiments.train.step import create_state
+
     saved = saved_params(folder, arm)
     model = Classifier(settings['model'], settings['feature_dim'], settings['num_classes'])
     state = create_state(model, tuple(settings['image_shape']), 0, 1.0, 0.0, choose('none'))
@@ -108,6 +117,9 @@ def restored(settings: dict[str, Any], folder: Path, arm: str = '') -> Any:
 
 def _images(config: Config, image_shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:
     """Returns the names of all images, and their pixels in the shape of the network's input, without labels."""
+    from experiments.data.image_files import notes_on, shown, walk
+    from experiments.data.load import load
+
     if not config.images:
         raise DataError('--images is empty; for the current directory pass .')
     height, width, channels = image_shape
@@ -137,6 +149,9 @@ def _unlabelled(images: np.ndarray) -> Split:
 
 
 def _read_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+    from experiments.data.image_files import shown
+    from experiments.data.image_folder import open_image
+
     try:
         image, _, _ = open_image(path)
     except Exception as error:  # Pillow has about ten types of errors

@@ -8,54 +8,42 @@ and report.html are written to --out. After an interruption, --resume continues 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from flax.training.train_state import TrainState
 from rich.table import Column, Table
 
-from experiments.data.open_set import OpenSet, divide
-from experiments.launch import cli, processes
+from experiments.launch import cli
 from experiments.launch.atomic_files import write_table
-from experiments.launch.errors import FlagError
-from experiments.launch.flags import Folder, Settings
-from experiments.plots.curves import draw_roc
-from experiments.plots.measures import measure_name
-from experiments.plots.report import write_report
-from experiments.train.evaluate import evaluate, evaluate_open_set
-from experiments.train.loop import Arm, Job
-from experiments.train.metrics import Interval, Roc, intervals
-from experiments.train.thresholds import write_known
+from experiments.launch.flags import Folder, HeldOut, Settings
+
+if TYPE_CHECKING:
+    from flax.training.train_state import TrainState
+
+    from experiments.data.open_set import OpenSet
+    from experiments.train.loop import Job
+    from experiments.train.metrics import Roc
 
 _TABLE, _PICTURE = 'verification.csv', 'roc.png'
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(Settings, HeldOut):
     """Settings of a run, saved in its config.json."""
 
     PROGRAM: ClassVar[str] = 'experiments.verification'
 
     out: Folder = Path('runs/verification')
     """folder for the files of the run"""
-    feature_dim: int = 64
-    """number of feature dimensions"""
-    seed: int = 0
-    """first random seed of the initialization and of the order of the examples"""
-    seeds: int = 5
-    """number of seeds; both arms are trained with each"""
-    held_out: str = ''
-    """classes to verify: names, 7-9, 0,4-6, or a fraction; by default classes only in the test split, or 0.3"""
-    similarity: Literal['cosine', 'euclidean'] = 'cosine'
-    """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.seeds < 1:
-            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
 
 
 def main(config: Config) -> None:
+    from experiments.data.open_set import divide
+    from experiments.launch import processes
+    from experiments.train.evaluate import evaluate, evaluate_open_set
+    from experiments.train.loop import Arm, Job
+    from experiments.train.thresholds import write_known
+
     job = Job(config)
     if job.finished(_TABLE, _PICTURE):
         return
@@ -69,10 +57,10 @@ def main(config: Config) -> None:
         for name, weight in (('softmax', 0.0), ('center', config.center_weight))
     }
 
-    def measure(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
+    def measure(arm: Arm, epoch: int, state: 'TrainState') -> dict[str, float]:
         return evaluate(state, open_set.known.test, job.devices).measures()
 
-    def finish(arm: Arm, state: TrainState) -> tuple[dict[str, Any], Roc, float]:
+    def finish(arm: Arm, state: 'TrainState') -> tuple[dict[str, Any], 'Roc', float]:
         values, roc, threshold = evaluate_open_set(state, open_set, config.similarity, job.devices)
         return {**values, 'train_seconds': job.seconds(arm)}, roc, threshold
 
@@ -94,6 +82,8 @@ def main(config: Config) -> None:
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns the interval of each measure for both arms, and for their difference within a seed."""
+    from experiments.train.metrics import intervals
+
     softmax, center = ([row for row in rows if row['arm'] == arm] for arm in ('softmax', 'center'))
     keys = [key for key, value in rows[0].items() if isinstance(value, float)]
     differences = [{key: c[key] - s[key] for key in keys} for c, s in zip(center, softmax, strict=True)]
@@ -109,6 +99,9 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def interval_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns a table for a terminal, with the mean and half of the 95 % interval of each measure."""
+    from experiments.plots.measures import measure_name
+    from experiments.train.metrics import Interval
+
     table = Table('', *(Column(arm, justify='right') for arm in summary))
     for key, value in summary['softmax'].items():
         if isinstance(value, Interval):
@@ -129,9 +122,12 @@ def mean_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _draw(
-    config: Config, job: Job, open_set: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]
+    config: Config, job: 'Job', open_set: 'OpenSet', rocs: Mapping[str, list['Roc']], summary: Mapping[str, Any]
 ) -> None:
     """Draws the ROC curves and writes the report."""
+    from experiments.plots.curves import draw_roc
+    from experiments.plots.report import write_report
+
     out = job.run.out
     names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     labelled = {f'{names[arm]} (AUC {summary[arm]["auc"].mean:.3f})': curves for arm, curves in rocs.items()}

@@ -1,18 +1,22 @@
-"""The flags that several programs share: what is trained, on which devices, and where it is written."""
+"""The flags that several programs share: what is trained, on which devices, and where it is written.
+
+Methods import JAX and the rest of the house when they are called, so that --help and an error in a flag come at once.
+A program takes its bases in the order `(DeviceFlags, ...)`: --help lists the fields of the last base first.
+"""
 
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import tyro
 
-from experiments.data.tfds_cache import DataError
-from experiments.launch import processes
-from experiments.launch.errors import FlagError
-from experiments.launch.mesh import Devices, choose, mesh_sizes
-from experiments.train.model import TRUNKS
+from experiments.launch.errors import DataError, FlagError
+from experiments.launch.mesh_axes import mesh_sizes
+
+if TYPE_CHECKING:
+    from experiments.launch.mesh import Devices
 
 # A larger number is infinite in float32, the dtype of all computations.
 LARGEST = float(np.finfo(np.float32).max)
@@ -57,18 +61,18 @@ class Common:
 
     dataset: str = 'digits'
     """a dataset of TFDS, such as mnist or cifar10; digits, which needs no download; or a folder of images"""
+    out: Folder = Path('runs')
+    """folder for the files of the run"""
+    epochs: int = 30
+    """number of passes over the train split"""
     data_dir: OptionalFolder = None
     """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
     """width and height in pixels to which all images are resized; 0 keeps their size"""
-    out: Folder = Path('runs')
-    """folder for the files of the run"""
     model: Literal['small', 'lenets++'] = 'small'
     """network: a small CNN, or the LeNets++ of the paper, which is slow on a CPU"""
     feature_dim: int = 2
     """number of feature dimensions; pictures show 2, by PCA if there are more"""
-    epochs: int = 30
-    """number of passes over the train split"""
     batch_size: int = 32
     """number of examples in a step, summed over all devices"""
     learning_rate: float = 3e-3
@@ -97,6 +101,8 @@ class Common:
 
     def check_data(self, train_examples: int, image_shape: tuple[int, ...]) -> None:
         """Raises DataError if the network cannot be trained on such data."""
+        from experiments.train.model import TRUNKS
+
         channels, _ = TRUNKS[self.model]
         height, width, _ = image_shape
         smallest = 2 ** len(channels)
@@ -174,24 +180,22 @@ class DeviceFlags:
         Call it before anything else uses a device.
         """
         if self.distributed or self.coordinator is not None:
+            from experiments.launch import processes
+
             processes.initialize(self.coordinator, self.num_processes, self.process_id)
             settings = dataclasses.asdict(self)
             processes.check_same({flag(name): value for name, value in settings.items() if name not in LOCAL})
 
-    def start(self) -> Devices:
+    def start(self) -> 'Devices':
         """Returns the devices of all processes that the flags select."""
+        from experiments.launch.mesh import choose
+
         return choose(self.parallel, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Common, DeviceFlags):
+class Comparison(Common):
     """Flags of the programs that compare softmax alone with center loss."""
-
-    FREE: ClassVar[tuple[str, ...]] = (
-        *Common.FREE,
-        *(field.name for field in dataclasses.fields(DeviceFlags)),
-        *('save_every', 'tensorboard', 'profile'),
-    )
 
     center_weight: float = 0.1
     """weight lambda of the center loss in the center arm, at least 0; the softmax arm has 0"""
@@ -205,12 +209,47 @@ class Settings(Common, DeviceFlags):
     """write a jax.profiler trace of a few steps"""
 
     def __post_init__(self):
-        Common.__post_init__(self)
-        DeviceFlags.__post_init__(self)
+        super().__post_init__()
         check_weight(self.center_weight, '--center-weight')
         check_alpha(self.alpha, '--alpha')
         if not self.save_every >= 0:
             raise FlagError(f'--save-every must be 0 or more, got {self.save_every}')
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut(Common):
+    """Flags of the programs that evaluate features on classes held out of training."""
+
+    feature_dim: int = 64
+    """number of feature dimensions"""
+    seed: int = 0
+    """first random seed of the initialization and of the order of the examples"""
+    seeds: int = 5
+    """number of seeds to train with"""
+    held_out: str = ''
+    """classes to verify: names, 7-9, 0,4-6, or a fraction; by default classes only in the test split, or 0.3"""
+    similarity: Literal['cosine', 'euclidean'] = 'cosine'
+    """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seeds < 1:
+            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(DeviceFlags, Comparison):
+    """Flags of a comparison, and the devices that it runs on."""
+
+    FREE: ClassVar[tuple[str, ...]] = (
+        *Common.FREE,
+        *(field.name for field in dataclasses.fields(DeviceFlags)),
+        *('save_every', 'tensorboard', 'profile'),
+    )
+
+    def __post_init__(self):
+        DeviceFlags.__post_init__(self)
+        Comparison.__post_init__(self)
 
 
 def check_weight(value: float, name: str) -> None:

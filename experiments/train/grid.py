@@ -25,9 +25,10 @@ from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import load
 from experiments.data.open_set import OpenSet, divide
 from experiments.launch import processes
+from experiments.launch.errors import DamagedError
 from experiments.launch.flags import Common
 from experiments.launch.mesh import Devices, choose
-from experiments.launch.run_folder import DamagedError, read_json, reading, write_json
+from experiments.launch.run_folder import read_json, reading, write_json
 from experiments.launch.stopping import Stop
 from experiments.train.evaluate import evaluate, evaluate_open_set, sample, snapshot_of
 from experiments.train.loop import train_epoch
