@@ -193,7 +193,8 @@ def train_cells(
     work = partial(work_on_cores, workers=workers) if config.on_cores else on_devices
     resume = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
-    progress = Progress(*columns, TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), console=console)
+    times = TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
+    progress = Progress(*columns, *times, console=console, disable=not console.is_terminal)
     with progress as bar, Stop(resume) as stop:
         shown = bar.add_task(
             '',
@@ -201,9 +202,11 @@ def train_cells(
             completed=len(cells) - len(missing),
             last='1 process' if workers == 1 else f'{workers} processes',
         )
-        for cell in work(task, missing, stop=stop):
+        for number, cell in enumerate(work(task, missing, stop=stop), start=len(cells) - len(missing) + 1):
             last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
             bar.update(shown, advance=1, last=last)
+            if not console.is_terminal:
+                console.print(f'{number} of {len(cells)} cells are done: {last}', highlight=False, soft_wrap=True)
 
 
 def summarize(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -231,6 +234,7 @@ def _draw(config: Config, known: 'Dataset', summary: Mapping[str, Any], run: 'Ru
     from experiments.launch.run_folder import CELLS
     from experiments.plots.curves import draw_sweep
     from experiments.plots.features import draw_features
+    from experiments.plots.measures import seeds_note
     from experiments.plots.panel import legend
     from experiments.plots.report import write_report
     from experiments.train.snapshots import load_snapshot
@@ -249,12 +253,12 @@ def _draw(config: Config, known: 'Dataset', summary: Mapping[str, Any], run: 'Ru
     write_report(
         run.out / 'report.html',
         title=f'Weight of the center loss and step size of the centers: {title}',
-        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}. summary.json has the other alphas too.'
+        lead=f'At alpha {config.shown_alpha:g}; summary.json has the other alphas too. {seeds_note(config.seeds)}'
         + legend(known.class_names),
         summary=columns,
         metrics=(),
         pictures={
-            'Measures against the weight and alpha; the grey band is softmax alone': run.out / ACCURACY,
+            'Measures against the weight and alpha, beside softmax alone in grey': run.out / ACCURACY,
             'Two-dimensional features for each weight': run.out / WEIGHTS,
         },
         config=run.config(),

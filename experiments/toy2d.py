@@ -107,7 +107,8 @@ def _draw(
     write_report(
         run.out / 'report.html',
         title=f'Softmax and center loss: {title}',
-        lead='One network and one seed, trained with softmax alone and with softmax and center loss.'
+        lead='One network and one seed, trained with softmax alone and with softmax and center loss. The first learns '
+        'classes apart in direction only, as rays; the second also draws each class together around its center.'
         + legend(data.class_names),
         summary=summary,
         metrics=run.metrics(),

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _TABLE, _PICTURE = 'verification.csv', 'roc.png'
 
+# Name of the difference between both arms in summary.json.
+DIFFERENCE = 'center - softmax'
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings, HeldOut):
@@ -90,7 +93,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     summary: dict[str, dict[str, Any]] = {
         'softmax': intervals(softmax, keys),
         'center': intervals(center, keys),
-        'center - softmax': intervals(differences, keys),
+        DIFFERENCE: intervals(differences, keys),
     }
     for arm, seeds in (('softmax', softmax), ('center', center)):
         summary[arm]['collapsed'] = any(row['collapsed'] for row in seeds)
@@ -98,14 +101,14 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def interval_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns a table for a terminal, with the mean and half of the 95 % interval of each measure."""
-    from experiments.plots.measures import measure_name
+    """Returns a table for a terminal, with the mean of each measure and, of several seeds, half of its interval."""
+    from experiments.plots.measures import format_value, measure_name
     from experiments.train.metrics import Interval
 
     table = Table('', *(Column(arm, justify='right') for arm in summary))
     for key, value in summary['softmax'].items():
         if isinstance(value, Interval):
-            cells = (f'{arm[key].mean:.4f} ± {arm[key].half_width:.4f}' for arm in summary.values())
+            cells = (format_value(values[key], key, difference=arm == DIFFERENCE) for arm, values in summary.items())
             table.add_row(measure_name(key), *cells)
     return table
 
@@ -126,6 +129,7 @@ def _draw(
 ) -> None:
     """Draws the ROC curves and writes the report."""
     from experiments.plots.curves import draw_roc
+    from experiments.plots.measures import seeds_note
     from experiments.plots.report import write_report
 
     out = job.run.out
@@ -133,17 +137,18 @@ def _draw(
     labelled = {f'{names[arm]} (AUC {summary[arm]["auc"].mean:.3f})': curves for arm, curves in rocs.items()}
     title = f'{open_set.known.name}, {len(set(open_set.unknown.labels.tolist()))} held-out classes'
     draw_roc(out / _PICTURE, labelled, title=f'Pairs of {title}')
-    seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
+    lead = f'{seeds_note(config.seeds)} The last column is the difference within a seed'
+    lead += ': the center loss changes a measure if this interval excludes 0.' if config.seeds > 1 else '.'
     write_report(
         out / 'report.html',
         title=f'Verification of held-out classes: {title}',
-        lead=f'Means over {seeds} with 95 % intervals. The last column is the difference within a seed: '
-        'the center loss changes a measure if this interval excludes 0.',
+        lead=lead,
         summary=summary,
         metrics=mean_rows(job.run.metrics()),
         pictures={'ROC curve: pairs of one class are accepted rightly, pairs of two classes falsely': out / _PICTURE},
         config=job.run.config(),
         command=config.command(),
+        differences=(DIFFERENCE,),
     )
 
 
