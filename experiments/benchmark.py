@@ -92,9 +92,9 @@ def main(config: Config) -> None:
         return
     rows = [{'step': 'center loss', **row} for row in measured]
     if jax.process_count() == 1:
-        toy = measure_toy(turns.TURNS * config.rounds, torch)
-        console.print(toy_table(toy))
-        rows += [{'step': 'toy', **row} for row in toy]
+        for name, toy in measure_toy(turns.TURNS * config.rounds, torch).items():
+            console.print(toy_table(name, toy))
+            rows += [{'step': name, **row} for row in toy]
     config.out.mkdir(parents=True, exist_ok=True)
     write_table(config.out / 'benchmark.csv', rows)
     draw_step_times(config.out / 'benchmark.png', measured)
