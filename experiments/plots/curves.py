@@ -24,8 +24,9 @@ STYLES = (
 
 # What the pictures show, for readers who have not read the paper.
 _ROC = (
-    'Are two images of one class? A pair is accepted if its features are similar enough. Each threshold is a point.\n'
-    'The higher the curve, the more pairs of one class are accepted at the same share of wrongly accepted pairs.'
+    'A pair of images is accepted as one class if its features are similar enough.\n'
+    'The higher the curve, the more pairs of one class are accepted\n'
+    'at the same share of wrongly accepted pairs.'
 )
 _SWEEP = (
     'Each point is a network trained with one weight and one step size, evaluated on classes that it has seen and\n'
@@ -48,7 +49,7 @@ def draw_roc(path: Path, arms: Mapping[str, Sequence[Roc]], *, title: str) -> Fi
     axes.plot(grid, grid, color='0.6', linewidth=1, label='chance')
     axes.set(xscale='log', xlim=(grid[0], 1), ylim=(0, 1), xlabel='false accept rate', ylabel='true accept rate')
     axes.grid(color='0.9')
-    figure.legend(loc='outside upper center', frameon=False)
+    axes.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1))
     figure.supxlabel(f'{_ROC} {seeds_note(seeds)}', fontsize=9, color='0.35')
     save_figure(path, figure)
     return figure

@@ -5,6 +5,7 @@ epochs. `panel.py` draws each picture and holds the colours. Each class is named
 depends on colour.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +27,8 @@ FRAME, REST = 150, 2500  # milliseconds of a frame, and of the last one
 
 # What the pictures show, for readers who have not read the paper.
 CAPTION = (
-    'Each dot is an image, at the features that the network computes from it. Colours are classes,\n'
-    'white dots their centers. A classifier needs classes apart; the center loss makes each of them tight, too.'
+    'Each dot is an image, at the features that the network computes from it. Colours are classes, white dots their '
+    'centers. A classifier needs classes apart; the center loss makes each of them tight, too.'
 )
 
 
@@ -86,6 +87,7 @@ def _figure(
     caption = CAPTION
     if columns > 1:
         caption += ' The arms have different axes.'
+    caption = textwrap.fill(caption, int(11 * size[0]))  # characters of the caption in an inch
     if any(plane.dimensions > 2 for plane in planes):
         caption += '\nEach arm is projected by a PCA, fitted on its train features.'
     figure.supxlabel(caption, fontsize=9, color='0.35')

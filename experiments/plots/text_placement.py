@@ -30,7 +30,7 @@ def place_labels(
     for c, (cloud, size) in enumerate(zip(clouds, sizes, strict=True)):
         angles = np.arctan2(middles[c, 1], middles[c, 0]) + _COMPASS
         directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # [8, 2]
-        edges = np.quantile((cloud - middles[c]) @ directions.T, 0.9, axis=0)  # [8]
+        edges = np.quantile((cloud - middles[c]) @ directions.T, 0.95, axis=0)  # [8]
         radii = np.stack([edges, np.zeros(8)]) + np.abs(directions) @ size / 2 + gap  # [2, 8]
         choices = (middles[c] + radii[..., None] * directions).reshape(16, 2)
 
