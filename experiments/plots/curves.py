@@ -50,7 +50,7 @@ def draw_roc(path: Path, arms: Mapping[str, Sequence[Roc]], *, title: str) -> Fi
     axes.set(xscale='log', xlim=(grid[0], 1), ylim=(0, 1), xlabel='false accept rate', ylabel='true accept rate')
     axes.grid(color='0.9')
     axes.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1))
-    figure.supxlabel(f'{_ROC} {seeds_note(seeds)}', fontsize=9, color='0.35')
+    figure.supxlabel(f'{_ROC}\n{seeds_note(seeds)}', fontsize=9, color='0.35')
     save_figure(path, figure)
     return figure
 
