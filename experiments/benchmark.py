@@ -12,29 +12,24 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.bench import ours, pytorch, turns
-from experiments.bench.problem import Problem
-from experiments.bench.step_times import draw_step_times
-from experiments.bench.tables import timing_table, toy_table
-from experiments.bench.toy import measure_toy
-from experiments.data.batches import process_slice
-from experiments.launch import cli, output, processes
+from experiments.launch import cli
 from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import DeviceFlags, Folder, flag
-from experiments.launch.run_folder import check_folder, environment, format_environment
+
+if TYPE_CHECKING:
+    from experiments.bench.turns import Maker
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(DeviceFlags):
-    """Settings of a benchmark."""
+class Sizes:
+    """The sizes of the steps to measure, and where the results go."""
 
     batch_sizes: tuple[int, ...] = (256, 4096, 16384)
     """numbers of examples in a step"""
@@ -48,7 +43,6 @@ class Config(DeviceFlags):
     """folder for the table and the picture; earlier ones are replaced"""
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ('batch_sizes', 'classes'):
             if min(getattr(self, name), default=0) < 1:
                 raise FlagError(f'{flag(name)} must be numbers of 1 or more, got {getattr(self, name)}')
@@ -57,7 +51,26 @@ class Config(DeviceFlags):
                 raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
 
 
+@dataclasses.dataclass(frozen=True)
+class Config(DeviceFlags, Sizes):
+    """Settings of a benchmark."""
+
+    def __post_init__(self):
+        DeviceFlags.__post_init__(self)
+        Sizes.__post_init__(self)
+
+
 def main(config: Config) -> None:
+    import jax
+
+    from experiments.bench import ours, pytorch, turns
+    from experiments.bench.step_times import draw_step_times
+    from experiments.bench.tables import timing_table, toy_table
+    from experiments.bench.toy import measure_toy
+    from experiments.data.batches import process_slice
+    from experiments.launch import output, processes
+    from experiments.launch.run_folder import check_folder, environment, format_environment
+
     console = output.console()
     if processes.is_main_process():
         check_folder(config.out)
@@ -68,7 +81,7 @@ def main(config: Config) -> None:
     tell(format_environment(environment(devices)))
     torch = pytorch.installed() if processes.is_main_process() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so it is not measured')
-    arms: dict[str, turns.Maker] = ours.layouts(devices, config.mesh)
+    arms: dict[str, Maker] = ours.layouts(devices, config.mesh)
     if torch:
         arms |= {name: partial(arm, torch) for name, arm in pytorch.FORMS.items()}
     measured = measure_all(config, arms, console)
@@ -79,17 +92,20 @@ def main(config: Config) -> None:
         return
     rows = [{'step': 'center loss', **row} for row in measured]
     if jax.process_count() == 1:
-        toy = measure_toy(turns.TURNS * config.rounds, torch)
-        console.print(toy_table(toy))
-        rows += [{'step': 'toy', **row} for row in toy]
+        for name, toy in measure_toy(turns.TURNS * config.rounds, torch).items():
+            console.print(toy_table(name, toy))
+            rows += [{'step': name, **row} for row in toy]
     config.out.mkdir(parents=True, exist_ok=True)
     write_table(config.out / 'benchmark.csv', rows)
     draw_step_times(config.out / 'benchmark.png', measured)
     tell(f'wrote {config.out / "benchmark.csv"} and benchmark.png')
 
 
-def measure_all(config: Config, arms: Mapping[str, turns.Maker], console: Console) -> list[dict[str, Any]]:
+def measure_all(config: Config, arms: Mapping[str, 'Maker'], console: Console) -> list[dict[str, Any]]:
     """Measures each arm on each problem that it can solve, and returns a row for each."""
+    from experiments.bench import turns
+    from experiments.bench.problem import Problem
+
     problems = [Problem(b, c, config.feature_dim) for b in config.batch_sizes for c in config.classes]
     rows = []
     columns = TextColumn('{task.description}'), MofNCompleteColumn(), TimeElapsedColumn()

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from experiments.launch import cli
 from experiments.launch.errors import FlagError
 from experiments.launch.flags import flag
-from experiments.launch.mesh import mesh_sizes
+from experiments.launch.mesh_axes import mesh_sizes
 
 GIB, MIB = 2**30, 2**20
 

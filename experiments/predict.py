@@ -8,29 +8,18 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from flax import linen as nn
 
-from experiments.data.arrays import Standardization, is_array_file, read_arrays, read_examples
-from experiments.data.image_files import IMAGES, notes_on, shown, walk
-from experiments.data.image_folder import open_image
-from experiments.data.load import load
 from experiments.data.splits import Split, pixels
-from experiments.data.tfds_cache import DataError
-from experiments.launch import cli, output, processes
+from experiments.launch import cli
 from experiments.launch.atomic_files import draft, write_table
-from experiments.launch.flags import DeviceFlags, Folder, OptionalFile, OptionalFolder
-from experiments.launch.mesh import choose
-from experiments.launch.network import check_network, find_network
-from experiments.launch.run_folder import CHECKPOINTS, INPUTS, RunError, check_folder, read_config
-from experiments.plots.contact_sheet import draw_contact_sheet
-from experiments.train.checkpoint import saved_state
-from experiments.train.evaluate import embed, nearest
-from experiments.train.model import TRUNKS, Classifier
-from experiments.train.step import create_state
-from experiments.train.thresholds import read_known
+from experiments.launch.errors import DataError, RunError
+from experiments.launch.flags import NETWORKS, DeviceFlags, Folder, OptionalFile, OptionalFolder
+
+if TYPE_CHECKING:
+    from flax import linen as nn
 
 UNKNOWN = 'unknown'
 _TABLE, _PICTURE = 'predictions.csv', 'predictions.png'
@@ -38,7 +27,7 @@ _SPLITS = 'train', 'test'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(DeviceFlags):
+class Labelling:
     """Images, the network that labels them, and where the predictions go."""
 
     images: str
@@ -59,11 +48,23 @@ class Config(DeviceFlags):
     """also write features, names, nearest classes and distances to this .npz file"""
     overwrite: bool = False
     """replace the predictions in --out, and the file of --embeddings"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(DeviceFlags, Labelling):
+    """Settings of a labelling."""
+
     parallel: Literal['auto', 'none'] = 'auto'
     """auto splits the images over all devices, none uses only the first device"""
 
 
 def main(config: Config) -> None:
+    from experiments.launch import output, processes
+    from experiments.launch.run_folder import CHECKPOINTS, read_config
+    from experiments.plots.contact_sheet import draw_contact_sheet
+    from experiments.train.evaluate import embed, nearest
+    from experiments.train.thresholds import read_known
+
     console = output.console()
     tell = partial(console.print, highlight=False, soft_wrap=True)
     class_names, thresholds = read_known(config.run)
@@ -113,6 +114,9 @@ def main(config: Config) -> None:
 
 def _folder(config: Config) -> Path:
     """Returns the folder for the predictions. Only --overwrite replaces files that --out or --embeddings names."""
+    from experiments.launch import processes
+    from experiments.launch.run_folder import check_folder
+
     out = config.out or config.run / 'predictions'
     if processes.is_main_process():
         check_folder(out)
@@ -127,15 +131,17 @@ def _folder(config: Config) -> Path:
     return out
 
 
-def _network(config: Config, saved: str) -> str | type[nn.Module]:
+def _network(config: Config, saved: str) -> 'str | type[nn.Module]':
     """Returns the network of the run, which only --model may import."""
-    if config.model != saved and (config.model or saved not in TRUNKS):
+    from experiments.launch.network import find_network
+
+    if config.model != saved and (config.model or saved not in NETWORKS):
         given = f'--model is {config.model}' if config.model else '--model is missing'
         raise RunError(f'{given}, but {config.run} was trained with --model {saved}; pass that value')
     return find_network(config.model) if config.model else saved
 
 
-def restored(settings: dict[str, Any], folder: Path, arm: str = '', network: str | type[nn.Module] = '') -> Any:
+def restored(settings: dict[str, Any], folder: Path, arm: str = '', network: 'str | type[nn.Module]' = '') -> Any:
     """Restores the parameters, collections and centers of an arm, without the state of the optimizer.
 
     Args:
@@ -144,6 +150,12 @@ def restored(settings: dict[str, Any], folder: Path, arm: str = '', network: str
         arm: The arm, to check that the save is one of it.
         network: The class of a network of the user's, which is not imported for the settings.
     """
+    from experiments.launch.mesh import choose
+    from experiments.launch.network import check_network
+    from experiments.train.checkpoint import saved_state
+    from experiments.train.model import Classifier
+    from experiments.train.step import create_state
+
     saved = saved_state(folder, arm)
     model = Classifier(network or settings['model'], settings['feature_dim'], settings['num_classes'])
     image_shape, dtype = tuple(settings['image_shape']), settings.get('dtype', 'uint8')
@@ -154,6 +166,11 @@ def restored(settings: dict[str, Any], folder: Path, arm: str = '', network: str
 
 def _images(config: Config, image_shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:
     """Returns the names of all images, and their pixels in the shape of the network's input, without labels."""
+    from experiments.data.arrays import is_array_file
+    from experiments.data.image_files import IMAGES, notes_on, shown, walk
+    from experiments.data.image_folder import open_image
+    from experiments.data.load import load
+
     if not config.images:
         raise DataError('--images is empty; for the current directory pass .')
     height, width, channels = image_shape
@@ -196,6 +213,9 @@ def _images(config: Config, image_shape: list[int], tell: Callable[[str], None])
 
 def _arrays(config: Config, shape: list[int], tell: Callable[[str], None]) -> tuple[list[str], Split]:
     """Returns names for the examples of a .npz file, and the examples as the run standardizes them, without labels."""
+    from experiments.data.arrays import Standardization, is_array_file, read_arrays, read_examples
+    from experiments.launch.run_folder import INPUTS
+
     del tell
     dataset, _, part = config.images.rpartition(':')
     if is_array_file(dataset) and part in _SPLITS:

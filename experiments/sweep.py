@@ -11,29 +11,22 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.data.load import Dataset
-from experiments.data.open_set import OpenSet
-from experiments.launch import cli, output, processes
+from experiments.launch import cli
 from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
-from experiments.launch.flags import Common, DeviceFlags, Folder, check_alpha, check_weight
-from experiments.launch.mesh import Devices, choose
-from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, format_environment
-from experiments.launch.stopping import Stop
-from experiments.metrics.held_out import intervals
-from experiments.plots.curves import draw_sweep
-from experiments.plots.features import draw_features
-from experiments.plots.panel import legend
-from experiments.plots.report import write_report
-from experiments.train.grid import Cell, Task, load_open_set, work_on_cores, work_on_devices
-from experiments.train.model import TRUNKS
-from experiments.train.snapshots import load_snapshot
+from experiments.launch.flags import NETWORKS, DeviceFlags, Folder, HeldOut, check_alpha, check_weight
+
+if TYPE_CHECKING:
+    from experiments.data.load import Dataset
+    from experiments.data.open_set import OpenSet
+    from experiments.launch.mesh import Devices
+    from experiments.launch.run_folder import Run
+    from experiments.train.grid import Cell
 
 _TABLE, ACCURACY, WEIGHTS = 'sweep.csv', 'accuracy.png', 'weights.png'
 
@@ -49,7 +42,36 @@ DRAWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Common, DeviceFlags):
+class Grid(HeldOut):
+    """The weights, step sizes and seeds of a sweep."""
+
+    out: Folder = Path('runs/sweep')
+    """folder for the files of the sweep"""
+    resume: bool = False
+    """continue the sweep in --out, or start it; --weights, --alphas and --seeds may change"""
+    feature_dim: int = 64
+    """number of feature dimensions; weights.png always has 2"""
+    weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    """weights lambda of the center loss; softmax alone is always trained too"""
+    alphas: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0)
+    """step sizes alpha of the centers (Eq. 4)"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('weights', 'alphas'):
+            object.__setattr__(self, name, tuple(map(float, dict.fromkeys(getattr(self, name)))))
+        for weight in self.weights:
+            check_weight(weight, '--weights')
+        for alpha in self.alphas:
+            check_alpha(alpha, '--alphas')
+        if not self.weights or not self.alphas:
+            raise FlagError('--weights and --alphas must name one value or more')
+        if self.model not in NETWORKS:
+            raise FlagError(f'--model of a sweep must be {" or ".join(NETWORKS)}, got {self.model}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(DeviceFlags, Grid):
     """Settings of a sweep, saved in its config.json."""
 
     PROGRAM: ClassVar[str] = 'experiments.sweep'
@@ -67,44 +89,14 @@ class Config(Common, DeviceFlags):
         *(field.name for field in dataclasses.fields(DeviceFlags)),
     )
 
-    out: Folder = Path('runs/sweep')
-    """folder for the files of the sweep"""
-    feature_dim: int = 64
-    """number of feature dimensions; weights.png always has 2"""
-    seed: int = 0
-    """first random seed of the initialization and of the order of the examples"""
-    seeds: int = 5
-    """number of seeds for each cell"""
-    weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    """weights lambda of the center loss; softmax alone is always trained too"""
-    alphas: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0)
-    """step sizes alpha of the centers (Eq. 4)"""
-    held_out: str = ''
-    """classes to verify, as in experiments.verification"""
-    similarity: Literal['cosine', 'euclidean'] = 'cosine'
-    """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
-    workers: int = 0
-    """number of processes, each on a CPU core; 0 is one for each core"""
     parallel: Literal['auto', 'pmap', 'none'] = 'auto'
     """auto trains a cell per CPU core, or with --mesh or processes each cell on all devices; none uses one device"""
-    resume: bool = False
-    """continue the sweep in --out, or start it; --weights, --alphas and --seeds may change"""
+    workers: int = 0
+    """number of processes, each on a CPU core; 0 is one for each core"""
 
     def __post_init__(self):
-        Common.__post_init__(self)
         DeviceFlags.__post_init__(self)
-        for name in ('weights', 'alphas'):
-            object.__setattr__(self, name, tuple(map(float, dict.fromkeys(getattr(self, name)))))
-        for weight in self.weights:
-            check_weight(weight, '--weights')
-        for alpha in self.alphas:
-            check_alpha(alpha, '--alphas')
-        if self.model not in TRUNKS:
-            raise FlagError(f'--model of a sweep must be {" or ".join(TRUNKS)}, got {self.model}')
-        if not self.weights or not self.alphas:
-            raise FlagError('--weights and --alphas must name one value or more')
-        if self.seeds < 1:
-            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
+        Grid.__post_init__(self)
         if self.workers < 0:
             raise FlagError(f'--workers must be 0 or more, got {self.workers}')
         if self.workers and not self.on_cores:
@@ -121,6 +113,13 @@ class Config(Common, DeviceFlags):
 
 
 def main(config: Config) -> None:
+    import jax
+
+    from experiments.launch import output, processes
+    from experiments.launch.mesh import choose
+    from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, format_environment
+    from experiments.train.grid import load_open_set
+
     if config.on_cores:  # before JAX initializes a backend, so that no accelerator is reserved
         jax.config.update('jax_platforms', 'cpu')
     console = output.console()
@@ -157,8 +156,10 @@ def main(config: Config) -> None:
     console.print(f'wrote {run.out / "report.html"}', highlight=False, soft_wrap=True)
 
 
-def cells_of(config: Config) -> list[Cell]:
+def cells_of(config: Config) -> list['Cell']:
     """Returns the cells of weights.png, then those of the grid and of softmax alone."""
+    from experiments.train.grid import Cell
+
     seeds = range(config.seed, config.seed + config.seeds)
     # At weight 0 the centers do not affect the network, so one alpha is enough.
     pairs = [(0.0, config.shown_alpha), *((weight, alpha) for alpha in config.alphas for weight in config.weights)]
@@ -166,15 +167,23 @@ def cells_of(config: Config) -> list[Cell]:
     return list(dict.fromkeys([*two_dimensional(config), *grid]))
 
 
-def two_dimensional(config: Config) -> list[Cell]:
+def two_dimensional(config: Config) -> list['Cell']:
     """Returns the cells of weights.png."""
+    from experiments.train.grid import Cell
+
     return [Cell(weight, config.shown_alpha, config.seed, 2) for weight in sorted({0.0, *config.weights})]
 
 
 def train_cells(
-    config: Config, cells: Sequence[Cell], open_set: OpenSet, folder: Path, devices: Devices, console: Console
+    config: Config, cells: Sequence['Cell'], open_set: 'OpenSet', folder: Path, devices: 'Devices', console: Console
 ) -> None:
     """Trains the cells that have no file yet, or a damaged one."""
+    import jax
+
+    from experiments.launch import processes
+    from experiments.launch.stopping import Stop
+    from experiments.train.grid import Task, work_on_cores, work_on_devices
+
     done = processes.largest(*(cell.done(folder) for cell in cells))
     missing = [cell for cell, is_done in zip(cells, done, strict=True) if not is_done]
     for damaged in (path for cell in missing if (path := cell.path(folder)).exists()):
@@ -188,7 +197,8 @@ def train_cells(
     work = partial(work_on_cores, workers=workers) if config.on_cores else on_devices
     resume = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
-    progress = Progress(*columns, TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), console=console)
+    times = TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
+    progress = Progress(*columns, *times, console=console, disable=not console.is_terminal)
     with progress as bar, Stop(resume) as stop:
         shown = bar.add_task(
             '',
@@ -196,9 +206,11 @@ def train_cells(
             completed=len(cells) - len(missing),
             last='1 process' if workers == 1 else f'{workers} processes',
         )
-        for cell in work(task, missing, stop=stop):
+        for number, cell in enumerate(work(task, missing, stop=stop), start=len(cells) - len(missing) + 1):
             last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
             bar.update(shown, advance=1, last=last)
+            if not console.is_terminal:
+                console.print(f'{number} of {len(cells)} cells are done: {last}', highlight=False, soft_wrap=True)
 
 
 def complete(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -209,6 +221,9 @@ def complete(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def summarize(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns the interval of each measure for each pair of weight and alpha."""
+    from experiments.metrics.held_out import intervals
+    from experiments.train.grid import Cell
+
     keys = [key for key, value in rows[0].items() if isinstance(value, float) and key not in Cell._fields]
     groups: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -224,8 +239,16 @@ def name(weight: float, alpha: float) -> str:
     return f'weight {weight:g}, alpha {alpha:g}' if weight else 'softmax'
 
 
-def _draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) -> None:
+def _draw(config: Config, known: 'Dataset', summary: Mapping[str, Any], run: 'Run') -> None:
     """Draws the figures and writes the report."""
+    from experiments.launch.run_folder import CELLS
+    from experiments.plots.curves import draw_sweep
+    from experiments.plots.features import draw_features
+    from experiments.plots.measures import seeds_note
+    from experiments.plots.panel import legend
+    from experiments.plots.report import write_report
+    from experiments.train.snapshots import load_snapshot
+
     pairs = [(weight, alpha) for weight in config.weights if weight for alpha in config.alphas]
     measures = {label: {pair: summary[name(*pair)][measure] for pair in pairs} for measure, label in DRAWN.items()}
     softmax = {label: summary['softmax'][measure] for measure, label in DRAWN.items()}
@@ -240,12 +263,12 @@ def _draw(config: Config, known: Dataset, summary: Mapping[str, Any], run: Run) 
     write_report(
         run.out / 'report.html',
         title=f'Weight of the center loss and step size of the centers: {title}',
-        lead=f'Means and 95 % intervals at alpha {config.shown_alpha:g}. summary.json has the other alphas too.'
+        lead=f'At alpha {config.shown_alpha:g}; summary.json has the other alphas too. {seeds_note(config.seeds)}'
         + legend(known.class_names),
         summary=columns,
         metrics=(),
         pictures={
-            'Measures against the weight and alpha; the grey band is softmax alone': run.out / ACCURACY,
+            'Measures against the weight and alpha, beside softmax alone in grey': run.out / ACCURACY,
             'Two-dimensional features for each weight': run.out / WEIGHTS,
         },
         config=run.config(),

@@ -6,22 +6,18 @@ written to --out. After an interruption, --resume continues the run from its las
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.table import Column, Table
 
-from experiments.data.load import Dataset
-from experiments.launch import cli, processes
+from experiments.launch import cli
 from experiments.launch.flags import Folder, Settings
-from experiments.launch.run_folder import SNAPSHOTS, Run
-from experiments.plots.features import animate_features, draw_features
-from experiments.plots.panel import legend
-from experiments.plots.report import write_report
-from experiments.train.evaluate import evaluate, sample, snapshot_of
-from experiments.train.loop import Arm, Job
-from experiments.train.snapshots import History, Snapshot
-from experiments.train.step import TrainState
-from experiments.train.thresholds import threshold_of, write_known
+
+if TYPE_CHECKING:
+    from experiments.data.load import Dataset
+    from experiments.launch.run_folder import Run
+    from experiments.train.snapshots import Snapshot
+    from experiments.train.step import TrainState
 
 COLUMNS = {
     'test_accuracy': 'test accuracy',
@@ -42,6 +38,13 @@ class Config(Settings):
 
 
 def main(config: Config) -> None:
+    from experiments.launch import processes
+    from experiments.launch.run_folder import SNAPSHOTS
+    from experiments.train.evaluate import evaluate, sample, snapshot_of
+    from experiments.train.loop import Arm, Job
+    from experiments.train.snapshots import History
+    from experiments.train.thresholds import threshold_of, write_known
+
     job = Job(config)
     if job.finished('features.png', 'features.gif'):
         return
@@ -51,12 +54,12 @@ def main(config: Config) -> None:
     histories = {arm.name: History(job.run.out / SNAPSHOTS, arm.name) for arm in arms}
     thresholds = {}
 
-    def measure(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
+    def measure(arm: Arm, epoch: int, state: 'TrainState') -> dict[str, float]:
         test = evaluate(state, data.test, job.devices)
         histories[arm.name].add(snapshot_of(epoch, state, test, data.num_classes))
         return test.measures()
 
-    def finish(arm: Arm, state: TrainState) -> dict[str, Any]:
+    def finish(arm: Arm, state: 'TrainState') -> dict[str, Any]:
         history = histories[arm.name]
         history.read(config.epochs, job.tell)
         train, test = (evaluate(state, split, job.devices) for split in (sample(data.train), data.test))
@@ -84,9 +87,13 @@ def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
 
 
 def _draw(
-    config: Config, data: Dataset, history: dict[str, dict[int, Snapshot]], summary: dict[str, Any], run: Run
+    config: Config, data: 'Dataset', history: dict[str, dict[int, 'Snapshot']], summary: dict[str, Any], run: 'Run'
 ) -> None:
     """Draws the figures and writes the report."""
+    from experiments.plots.features import animate_features, draw_features
+    from experiments.plots.panel import legend
+    from experiments.plots.report import write_report
+
     names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     moments = sorted(set.intersection(*(set(snapshots) for snapshots in history.values())))
     snapshots = {names[arm]: [saved[epoch] for epoch in moments] for arm, saved in history.items()}
@@ -99,7 +106,8 @@ def _draw(
     write_report(
         run.out / 'report.html',
         title=f'Softmax and center loss: {title}',
-        lead='One network and one seed, trained with softmax alone and with softmax and center loss.'
+        lead='One network and one seed, trained with softmax alone and with softmax and center loss. The first learns '
+        'classes apart in direction only, as rays; the second also draws each class together around its center.'
         + legend(data.class_names),
         summary=summary,
         metrics=run.metrics(),

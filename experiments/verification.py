@@ -9,54 +9,44 @@ metrics.csv, verification.csv, summary.json, roc.png and report.html are written
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from rich.table import Column, Table
 
-from experiments.data.open_set import OpenSet, divide
-from experiments.launch import cli, processes
+from experiments.launch import cli
 from experiments.launch.atomic_files import write_table
-from experiments.launch.errors import FlagError
-from experiments.launch.flags import Folder, Settings
-from experiments.metrics.held_out import Interval, Roc, intervals
-from experiments.plots.curves import draw_roc
-from experiments.plots.measures import measure_name
-from experiments.plots.report import write_report
-from experiments.train.evaluate import evaluate, evaluate_open_set
-from experiments.train.loop import Arm, Job
-from experiments.train.step import TrainState
-from experiments.train.thresholds import write_known
+from experiments.launch.flags import Folder, HeldOut, Settings
+
+if TYPE_CHECKING:
+    from experiments.data.open_set import OpenSet
+    from experiments.metrics.held_out import Roc
+    from experiments.train.loop import Job
+    from experiments.train.step import TrainState
 
 _TABLE, _PICTURE = 'verification.csv', 'roc.png'
 
+# Name of the difference between both arms in summary.json.
+DIFFERENCE = 'center - softmax'
+
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(Settings, HeldOut):
     """Settings of a run, saved in its config.json."""
 
     PROGRAM: ClassVar[str] = 'experiments.verification'
 
     out: Folder = Path('runs/verification')
     """folder for the files of the run"""
-    feature_dim: int = 64
-    """number of feature dimensions"""
-    seed: int = 0
-    """first random seed of the initialization and of the order of the examples"""
-    seeds: int = 5
-    """number of seeds; both arms are trained with each"""
-    held_out: str = ''
-    """classes to verify: names, 7-9, 0,4-6, or a fraction; by default classes only in the test split, or 0.3"""
-    similarity: Literal['cosine', 'euclidean'] = 'cosine'
-    """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.seeds < 1:
-            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
 
 
 def main(config: Config) -> None:
+    from experiments.data.open_set import divide
+    from experiments.launch import processes
+    from experiments.train.evaluate import evaluate, evaluate_open_set
+    from experiments.train.loop import Arm, Job
+    from experiments.train.thresholds import write_known
+
     job = Job(config)
     if job.finished(_TABLE, _PICTURE):
         return
@@ -70,10 +60,10 @@ def main(config: Config) -> None:
         for name, weight in (('softmax', 0.0), ('center', config.center_weight))
     }
 
-    def measure(arm: Arm, epoch: int, state: TrainState) -> dict[str, float]:
+    def measure(arm: Arm, epoch: int, state: 'TrainState') -> dict[str, float]:
         return evaluate(state, open_set.known.test, job.devices).measures()
 
-    def finish(arm: Arm, state: TrainState) -> tuple[dict[str, Any], Roc, float]:
+    def finish(arm: Arm, state: 'TrainState') -> tuple[dict[str, Any], 'Roc', float]:
         values, roc, threshold = evaluate_open_set(state, open_set, config.similarity, job.devices)
         return {**values, 'train_seconds': job.seconds(arm)}, roc, threshold
 
@@ -95,13 +85,15 @@ def main(config: Config) -> None:
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns the interval of each measure for both arms, and for their difference within a seed."""
+    from experiments.metrics.held_out import intervals
+
     softmax, center = ([row for row in rows if row['arm'] == arm] for arm in ('softmax', 'center'))
     keys = [key for key, value in rows[0].items() if isinstance(value, float)]
     differences = [{key: c[key] - s[key] for key in keys} for c, s in zip(center, softmax, strict=True)]
     summary: dict[str, dict[str, Any]] = {
         'softmax': intervals(softmax, keys),
         'center': intervals(center, keys),
-        'center - softmax': intervals(differences, keys),
+        DIFFERENCE: intervals(differences, keys),
     }
     for arm, seeds in (('softmax', softmax), ('center', center)):
         summary[arm]['queries_left_out'] = seeds[0]['queries_left_out']  # seeds share the held-out examples
@@ -110,11 +102,14 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def interval_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns a table for a terminal, with the mean and half of the 95 % interval of each measure."""
+    """Returns a table for a terminal, with the mean of each measure and, of several seeds, half of its interval."""
+    from experiments.metrics.held_out import Interval
+    from experiments.plots.measures import format_value, measure_name
+
     table = Table('', *(Column(arm, justify='right') for arm in summary))
     for key, value in summary['softmax'].items():
         if isinstance(value, Interval):
-            cells = (f'{arm[key].mean:.4f} ± {arm[key].half_width:.4f}' for arm in summary.values())
+            cells = (format_value(values[key], key, difference=arm == DIFFERENCE) for arm, values in summary.items())
             table.add_row(measure_name(key), *cells)
     return table
 
@@ -131,25 +126,30 @@ def mean_rows(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _draw(
-    config: Config, job: Job, open_set: OpenSet, rocs: Mapping[str, list[Roc]], summary: Mapping[str, Any]
+    config: Config, job: 'Job', open_set: 'OpenSet', rocs: Mapping[str, list['Roc']], summary: Mapping[str, Any]
 ) -> None:
     """Draws the ROC curves and writes the report."""
+    from experiments.plots.curves import draw_roc
+    from experiments.plots.measures import seeds_note
+    from experiments.plots.report import write_report
+
     out = job.run.out
     names = {'softmax': 'softmax alone', 'center': f'with center loss, weight {config.center_weight:g}'}
     labelled = {f'{names[arm]} (AUC {summary[arm]["auc"].mean:.3f})': curves for arm, curves in rocs.items()}
     title = f'{open_set.known.name}, {len(set(open_set.unknown.labels.tolist()))} held-out classes'
     draw_roc(out / _PICTURE, labelled, title=f'Pairs of {title}')
-    seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
+    lead = f'{seeds_note(config.seeds)} The last column is the difference within a seed'
+    lead += ': the center loss changes a measure if this interval excludes 0.' if config.seeds > 1 else '.'
     write_report(
         out / 'report.html',
         title=f'Verification of held-out classes: {title}',
-        lead=f'Means over {seeds} with 95 % intervals. The last column is the difference within a seed: '
-        'the center loss changes a measure if this interval excludes 0.',
+        lead=lead,
         summary=summary,
         metrics=mean_rows(job.run.metrics()),
         pictures={'ROC curve: pairs of one class are accepted rightly, pairs of two classes falsely': out / _PICTURE},
         config=job.run.config(),
         command=config.command(),
+        differences=(DIFFERENCE,),
     )
 
 

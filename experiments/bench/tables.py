@@ -30,9 +30,9 @@ def timing_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def toy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Shows milliseconds of a training step of the toy, and their ratio to our arm."""
-    title = f'training step of the toy, B={rows[0]["batch_size"]}'
+def toy_table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Shows milliseconds of a training step of the toy of this name, and their ratio to our arm."""
+    title = f'training step of the {name}, B={rows[0]["batch_size"]}'
     table = Table(title, Column('ms', justify='right'), Column('x ours', justify='right'))
     our_seconds = _seconds_of_ours(rows)
     for row in rows:

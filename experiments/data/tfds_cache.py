@@ -15,6 +15,7 @@ from etils import epath
 from tensorflow_datasets.core import dataset_builder
 
 from experiments.launch import atomic_files
+from experiments.launch.errors import DataError
 
 # The features that a copy may have, by the name that TFDS writes.
 FEATURES = {
@@ -26,10 +27,6 @@ FEATURES = {
 
 # TFDS gives these names to the folder of an unfinished copy or download.
 _UNFINISHED = re.compile(r'incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+|.+\.tmp\.[0-9a-f]{32}')
-
-
-class DataError(Exception):
-    """Reports an error of the data and its cure to the user, in one to ten lines."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""The command line of a program: a frozen dataclass declares the flags, their defaults and their help."""
+"""The command line of a program: a frozen dataclass declares the flags, their defaults and their help.
+
+A program imports JAX, datasets and plots in its functions, because they take seconds: --help and errors in flags take
+less than one.
+"""
 
 import io
 import os
@@ -8,12 +12,8 @@ from typing import Any, NoReturn
 
 import tyro
 
-from experiments.data.tfds_cache import DataError
-from experiments.launch import processes
-from experiments.launch.errors import FlagError
+from experiments.launch.errors import DataError, FlagError, RunError, Stopped
 from experiments.launch.flags import DeviceFlags
-from experiments.launch.run_folder import RunError
-from experiments.launch.stopping import Stopped
 
 
 def main(
@@ -38,12 +38,12 @@ def main(
         if isinstance(config, DeviceFlags):
             config.initialize()
         experiment(config)
-        processes.barrier('exit')
+        _wait_for_others()
     except (DataError, FlagError, RunError, ValueError) as error:
         code, message = 2, str(error)
     except Stopped as stopped:
         code, message = stopped.exit_code, str(stopped)
-        processes.barrier('exit')
+        _wait_for_others()
     except OSError as error:
         what = error.filename or 'a file or the output'
         code, message = 1, f'{what} could not be read or written ({error.strerror or error})'
@@ -66,3 +66,11 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  # until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+
+
+def _wait_for_others() -> None:
+    """Waits for the other processes of the run, of which there are none if the program has not imported JAX."""
+    if 'jax' in sys.modules:
+        from experiments.launch import processes
+
+        processes.barrier('exit')

@@ -1,22 +1,29 @@
-"""The flags that several programs share: what is trained, on which devices, and where it is written."""
+"""The flags that several programs share: what is trained, on which devices, and where it is written.
+
+Methods import JAX and the rest of the house when they are called, so that --help and an error in a flag come at once.
+A program takes its bases in the order `(DeviceFlags, ...)`: --help lists the fields of the last base first.
+"""
 
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import tyro
 
-from experiments.data.splits import LazySplit, Split
-from experiments.data.tfds_cache import DataError
-from experiments.launch import processes
-from experiments.launch.errors import FlagError
-from experiments.launch.mesh import Devices, choose, mesh_sizes
-from experiments.train.model import TRUNKS
+from experiments.launch.errors import DataError, FlagError
+from experiments.launch.mesh_axes import mesh_sizes
+
+if TYPE_CHECKING:
+    from experiments.data.splits import LazySplit, Split
+    from experiments.launch.mesh import Devices
 
 # A larger number is infinite in float32, the dtype of all computations.
 LARGEST = float(np.finfo(np.float32).max)
+
+# The networks of experiments/train/model.py.
+NETWORKS = ('small', 'lenets++')
 
 # A batch may be larger than the train split, up to this size. The missing examples are padding.
 LARGEST_PADDED_BATCH = 1024
@@ -68,20 +75,20 @@ class Common:
 
     dataset: str = 'digits'
     """a dataset of TFDS, such as mnist; digits, which needs no download; a folder of images; or a .npz file"""
+    out: Folder = Path('runs')
+    """folder for the files of the run"""
+    epochs: int = 30
+    """number of passes over the train split"""
     data_dir: OptionalFolder = None
     """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
     """width and height in pixels to which all images are resized; 0 keeps their size"""
     skip_unreadable: bool = False
     """leave out images of a folder that cannot be read, and list them"""
-    out: Folder = Path('runs')
-    """folder for the files of the run"""
     model: str = 'small'
     """network: small, a CNN, or an MLP for a .npz file; lenets++ of the paper; or package.module:Class, in Linen"""
     feature_dim: int = 2
     """number of feature dimensions; pictures show 2, by PCA if there are more"""
-    epochs: int = 30
-    """number of passes over the train split"""
     batch_size: int = 32
     """number of examples in a step, summed over all devices"""
     images_per_class: int = 0
@@ -99,8 +106,8 @@ class Common:
         for name in ('feature_dim', 'epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
-        if self.model not in TRUNKS and not _is_class_name(self.model):
-            raise FlagError(f'--model must be {", ".join(TRUNKS)} or package.module:Class, got {self.model}')
+        if self.model not in NETWORKS and not _is_class_name(self.model):
+            raise FlagError(f'--model must be {", ".join(NETWORKS)} or package.module:Class, got {self.model}')
         if not self.dataset:
             raise FlagError("--dataset '' is neither a dataset nor a folder; for the current directory give .")
         for name in ('image_size', 'images_per_class'):
@@ -118,10 +125,12 @@ class Common:
         if self.resume and self.overwrite:
             raise FlagError('--resume continues a run and --overwrite replaces it; pass only one of them')
 
-    def check_data(self, train: Split | LazySplit) -> list[str]:
+    def check_data(self, train: 'Split | LazySplit') -> list[str]:
         """Raises DataError if the network cannot be trained on such data. Returns notes on its batches."""
         is_image = train.dtype == np.uint8
-        if is_image and self.model in TRUNKS:
+        if is_image and self.model in NETWORKS:
+            from experiments.train.model import TRUNKS
+
             channels, _ = TRUNKS[self.model]
             height, width, _ = train.image_shape
             smallest = 2 ** len(channels)
@@ -214,24 +223,22 @@ class DeviceFlags:
         Call it before anything else uses a device.
         """
         if self.distributed or self.coordinator is not None:
+            from experiments.launch import processes
+
             processes.initialize(self.coordinator, self.num_processes, self.process_id)
             settings = dataclasses.asdict(self)
             processes.check_same({flag(name): value for name, value in settings.items() if name not in LOCAL})
 
-    def start(self) -> Devices:
+    def start(self) -> 'Devices':
         """Returns the devices of all processes that the flags select."""
+        from experiments.launch.mesh import choose
+
         return choose(self.parallel, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Common, DeviceFlags):
+class Comparison(Common):
     """Flags of the programs that compare softmax alone with center loss."""
-
-    FREE: ClassVar[tuple[str, ...]] = (
-        *Common.FREE,
-        *(field.name for field in dataclasses.fields(DeviceFlags)),
-        *('save_every', 'tensorboard', 'profile'),
-    )
 
     center_weight: float = 0.1
     """weight lambda of the center loss in the center arm, at least 0; the softmax arm has 0"""
@@ -245,12 +252,47 @@ class Settings(Common, DeviceFlags):
     """write a jax.profiler trace of a few steps"""
 
     def __post_init__(self):
-        Common.__post_init__(self)
-        DeviceFlags.__post_init__(self)
+        super().__post_init__()
         check_weight(self.center_weight, '--center-weight')
         check_alpha(self.alpha, '--alpha')
         if not self.save_every >= 0:
             raise FlagError(f'--save-every must be 0 or more, got {self.save_every}')
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut(Common):
+    """Flags of the programs that evaluate features on classes held out of training."""
+
+    feature_dim: int = 64
+    """number of feature dimensions"""
+    seed: int = 0
+    """first random seed of the initialization and of the order of the examples"""
+    seeds: int = 5
+    """number of seeds to train with"""
+    held_out: str = ''
+    """classes to verify: names, 7-9, 0,4-6, or a fraction; by default classes only in the test split, or 0.3"""
+    similarity: Literal['cosine', 'euclidean'] = 'cosine'
+    """similarity of a pair: the cosine, as in the paper, or the negative Euclidean distance"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seeds < 1:
+            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(DeviceFlags, Comparison):
+    """Flags of a comparison, and the devices that it runs on."""
+
+    FREE: ClassVar[tuple[str, ...]] = (
+        *Common.FREE,
+        *(field.name for field in dataclasses.fields(DeviceFlags)),
+        *('save_every', 'tensorboard', 'profile'),
+    )
+
+    def __post_init__(self):
+        DeviceFlags.__post_init__(self)
+        Comparison.__post_init__(self)
 
 
 def check_weight(value: float, name: str) -> None:

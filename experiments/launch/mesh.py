@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
 from experiments.launch.errors import FlagError
-
-AXES = ('data', 'classes')
+from experiments.launch.mesh_axes import mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +135,3 @@ def over_mesh(devices: Sequence[Any], sizes: Mapping[str, int]) -> Devices:
     grid = np.array(devices).reshape(*sizes.values())
     mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     return Devices(tuple(devices), axis_name=None, mesh=mesh)
-
-
-def mesh_sizes(mesh: str) -> dict[str, int]:
-    """Parses the names and sizes of the axes of a mesh, such as 'data=2,classes=4'."""
-    sizes = {}
-    for axis in mesh.split(','):
-        name, _, size = axis.partition('=')
-        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise FlagError(
-                f'--mesh must have one or both of the axes {" and ".join(AXES)} with their sizes, such as '
-                f'data=2,classes=4; got {mesh}'
-            )
-        sizes[name] = int(size)
-    return sizes

@@ -22,6 +22,7 @@ from PIL import Image
 from experiments.data.splits import FORMATS
 from experiments.launch import processes
 from experiments.launch.atomic_files import lock, write_table, write_text
+from experiments.launch.errors import DamagedError, RunError
 from experiments.launch.mesh import Devices
 
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
@@ -37,14 +38,6 @@ ADDED = {'images_per_class': 0}
 
 # The lock of the run of this process. The kernel releases it when the process ends.
 _lock = contextlib.ExitStack()
-
-
-class RunError(Exception):
-    """An error about a run that the user can correct; the message says how."""
-
-
-class DamagedError(RunError):
-    """A file of a run is missing or not whole."""
 
 
 def environment(devices: Devices) -> dict[str, Any]:

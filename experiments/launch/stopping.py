@@ -4,14 +4,7 @@ import signal
 from typing import Any
 
 from experiments.launch import processes
-
-
-class Stopped(Exception):
-    """Raised when a requested stop has been saved; the message says how to continue."""
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.exit_code = 128 + signum  # as in shells: 130 for SIGINT, 143 for SIGTERM
+from experiments.launch.errors import Stopped
 
 
 class Stop:

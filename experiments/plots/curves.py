@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from experiments.launch.atomic_files import save_figure
 from experiments.metrics.held_out import FARS, Interval, Roc, interval
 from experiments.plots.fonts import fitted
+from experiments.plots.measures import seeds_note
 
 # Colours that colour-blind readers can tell apart, each with a line style.
 STYLES = (
@@ -19,6 +20,17 @@ STYLES = (
     ('#007a5a', '-.'),
     ('#a8487f', ':'),
     ('#777777', (0, (5, 1, 1, 1, 1, 1))),
+)
+
+# What the pictures show, for readers who have not read the paper.
+_ROC = (
+    'A pair of images is accepted as one class if its features are similar enough.\n'
+    'The higher the curve, the more pairs of one class are accepted\n'
+    'at the same share of wrongly accepted pairs.'
+)
+_SWEEP = (
+    'Each point is a network trained with one weight and one step size, evaluated on classes that it has seen and\n'
+    'on classes that it has not. Accuracy and AUROC should be high, the ratio low: then classes are tight and apart.'
 )
 
 
@@ -37,8 +49,8 @@ def draw_roc(path: Path, arms: Mapping[str, Sequence[Roc]], *, title: str) -> Fi
     axes.plot(grid, grid, color='0.6', linewidth=1, label='chance')
     axes.set(xscale='log', xlim=(grid[0], 1), ylim=(0, 1), xlabel='false accept rate', ylabel='true accept rate')
     axes.grid(color='0.9')
-    axes.legend(loc='upper left', frameon=False)
-    figure.supxlabel(_caption(seeds), fontsize=9, color='0.35')
+    axes.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1))
+    figure.supxlabel(f'{_ROC}\n{seeds_note(seeds)}', fontsize=9, color='0.35')
     save_figure(path, figure)
     return figure
 
@@ -71,13 +83,16 @@ def draw_sweep(
             _lines(axes, values, setting)
             reference = softmax[measure]
             axes.axhline(reference.mean, color='0.35', linewidth=1.2, label='softmax alone')
-            axes.axhspan(reference.low, reference.high, color='0.5', alpha=0.15, linewidth=0)
+            if seeds > 1:
+                axes.axhspan(reference.low, reference.high, color='0.5', alpha=0.15, linewidth=0)
             if axes in grid[-1]:
                 axes.set_xlabel(label)
             axes.grid(color='0.92')
+        if max(value.mean for value in values.values()) <= 1 < row[0].get_ylim()[1]:
+            row[0].set_ylim(top=1)  # an interval of shares may reach beyond 100 %
     for axes in grid[0]:
         axes.legend(fontsize=8, frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3)
-    figure.supxlabel(_caption(seeds), fontsize=9, color='0.35')
+    figure.supxlabel(f'{_SWEEP} {seeds_note(seeds)}', fontsize=9, color='0.35')
     save_figure(path, figure)
     return figure
 
@@ -96,7 +111,8 @@ def _lines(axes: Axes, values: Mapping[tuple[float, float], Interval], setting: 
         x = np.array([place for place, _ in points]) * shift
         means = [value.mean for _, value in points]
         bars = [value.half_width for _, value in points]
-        axes.errorbar(x, means, bars, color=color, linestyle=style, capsize=2, label=f'{symbol} = {other:g}')
+        label = f'{symbol} = {other:g}'
+        axes.errorbar(x, means, bars, color=color, linestyle=style, marker='o', markersize=4, capsize=2, label=label)
     ticks = sorted({pair[setting] for pair in values})
     if min(ticks) > 0:
         axes.set_xscale('log')
@@ -108,7 +124,3 @@ def _lines(axes: Axes, values: Mapping[tuple[float, float], Interval], setting: 
 def _band(axes: Axes, x: np.ndarray, points: Sequence[Interval], color: str) -> None:
     low, high = ([getattr(point, bound) for point in points] for bound in ('low', 'high'))
     axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-
-
-def _caption(seeds: int) -> str:
-    return f'Means over {seeds} seeds with 95 % intervals.' if seeds > 1 else 'One seed: no interval.'

@@ -5,6 +5,7 @@ epochs. `panel.py` draws each picture and holds the colours. Up to 100 classes a
 reader depends on colour.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,13 @@ from experiments.plots.projection import Plane, plane_of
 from experiments.train.snapshots import Snapshot
 
 MAX_FRAMES = 60
+FRAME, REST = 150, 2500  # milliseconds of a frame, and of the last one
+
+# What the pictures show, for readers who have not read the paper.
+CAPTION = (
+    'Each dot is an image, at the features that the network computes from it. Colours are classes, white dots their '
+    'centers. A classifier needs classes apart; the center loss makes each of them tight, too.'
+)
 
 
 def draw_features(path: Path, arms: dict[str, Snapshot], class_names: Sequence[str], *, title: str) -> Figure:
@@ -62,9 +70,7 @@ def animate_features(path: Path, history: dict[str, list[Snapshot]], class_names
 
     palette = _gif_palette()
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    # The last frame comes first, because some viewers show only the first.
-    frames = [frames[-1], *frames[:-1]]
-    durations = [2000] + [150] * (len(frames) - 1)  # milliseconds
+    durations = [FRAME] * (len(frames) - 1) + [REST]
     with draft(path) as file:
         frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -78,7 +84,10 @@ def _figure(
     figure = Figure(figsize=size, dpi=dpi, layout=ConstrainedLayoutEngine(h_pad=0.1))
     title, families = fitted(title)
     figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
-    caption = 'White dots: class centers.'
+    caption = CAPTION
+    if columns > 1:
+        caption += ' The arms have different axes.'
+    caption = textwrap.fill(caption, int(11 * size[0]))  # characters of the caption in an inch
     if any(plane.dimensions > 2 for plane in planes):
         caption += '\nEach arm is projected by a PCA, fitted on its train features.'
     figure.supxlabel(caption, fontsize=9, color='0.35')

@@ -84,6 +84,10 @@ MEASURES = {
         'classes). The intra/inter ratio is above 2, or undefined if all features are equal. Use a smaller weight of '
         'the center loss.',
     ),
+    'train_seconds': (
+        'train seconds',
+        'Time of all training steps, without compilation and evaluation.',
+    ),
     'train_accuracy': (
         'train accuracy',
         'Share of the train set that the classifier labels correctly.',
@@ -124,20 +128,32 @@ def measure_order(measure: str) -> int:
     return [*MEASURES, measure].index(measure)
 
 
-def format_value(value: Any, measure: str = '') -> str:
-    """Formats a value for a reader; `measure` decides whether a number is a percentage."""
+def seeds_note(seeds: int) -> str:
+    """Returns a sentence on what a number over seeds is."""
+    return f'Means over {seeds} seeds with 95 % intervals.' if seeds > 1 else 'One seed.'
+
+
+def format_value(value: Any, measure: str = '', *, difference: bool = False) -> str:
+    """Formats a value for a reader.
+
+    Args:
+        value: A number, an interval, or anything else.
+        measure: The measure of a number, which decides whether it is a percentage.
+        difference: Whether a number is a difference: that of two percentages is in points.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return '\N{EN DASH}'
+    unit = 'points' if difference else '%'
     if isinstance(value, Interval):
         if math.isnan(value.half_width):
-            return format_value(value.mean, measure)
+            return format_value(value.mean, measure, difference=difference)
         if measure.endswith('accuracy'):
-            return f'{100 * value.mean:.2f} ± {100 * value.half_width:.2f} %'
+            return f'{100 * value.mean:.2f} ± {100 * value.half_width:.2f} {unit}'
         return f'{value.mean:.4g} ± {value.half_width:.2g}'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if measure.endswith('accuracy'):
-        return f'{100 * value:.4g} %'
+        return f'{100 * value:.4g} {unit}'
     if isinstance(value, float):
         return f'{value:.0f}' if 1e4 <= abs(value) < 1e6 else f'{value:.4g}'
     if isinstance(value, list | tuple):

@@ -38,7 +38,9 @@ def _draw_column(column: str, metrics: Sequence[Mapping[str, Any]]) -> Figure:
         last = values[np.isfinite(values)][-1:].tolist()
         label = f'{arm}: {format_value(last[0], column)}' if last else arm
         # The marker shows a value whose neighbours are missing.
-        axes.plot([row['epoch'] for row in rows], values, '.', linestyle=style, color=color, markersize=4, label=label)
+        epochs = [row['epoch'] for row in rows]
+        (line,) = axes.plot(epochs, values, '.', linestyle=style, color=color, markersize=4, label=label)
+        line.set_clip_on(False)  # at 100 % a line lies on the frame
     axes.set_xlabel('epoch')
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.tick_params(labelsize=9)
@@ -61,6 +63,8 @@ def _scale(figure: Figure, column: str, values: np.ndarray) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     if column.endswith('accuracy'):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if high <= 1 < axes.get_ylim()[1]:
+            axes.set_ylim(top=1)
     else:
         axes.ticklabel_format(axis='y', useOffset=False)
 

@@ -7,7 +7,7 @@ experiment: `measures.py` explains each number by its name, and `report.html.jin
 import base64
 import io
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def write_report(
     config: Mapping[str, Any],
     lead: str = '',
     command: str = '',
+    differences: Collection[str] = (),
 ) -> None:
     """Writes the page, with links to the data files and pictures in its folder.
 
@@ -41,6 +42,7 @@ def write_report(
       config: Settings. An entry that is a mapping (such as versions) becomes a table with its name as heading.
       lead: A sentence or two on what was compared.
       command: The command line that repeats the run.
+      differences: Names in `summary` of differences between arms.
     """
     arms = {name: values for name, values in summary.items() if isinstance(values, Mapping)}
     measures = sorted({key for values in arms.values() for key in values}, key=_order)
@@ -58,6 +60,7 @@ def write_report(
         title=title,
         lead=lead,
         command=command,
+        differences=differences,
         arms=arms,
         measures=measures,
         collapsed=[name for name, values in arms.items() if values.get('collapsed')],

@@ -25,14 +25,14 @@ def place_labels(
     Returns:
       The middle [2] of each label, or None for a label that fits nowhere.
     """
-    middles = np.stack([cloud.mean(axis=0) for cloud in clouds])
+    middles = np.stack([np.median(cloud, axis=0) for cloud in clouds])  # a few points far away do not move it
     places: list[np.ndarray | None] = []
     taken = np.empty((0, 2, 2))  # middles and sizes
     for c, size in zip(named, sizes, strict=True):
         cloud = clouds[c]
         angles = np.arctan2(middles[c, 1], middles[c, 0]) + _COMPASS
         directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # [8, 2]
-        edges = np.quantile((cloud - middles[c]) @ directions.T, 0.97, axis=0)  # [8]
+        edges = np.quantile((cloud - middles[c]) @ directions.T, 0.95, axis=0)  # [8]
         radii = np.stack([edges, np.zeros(8)]) + np.abs(directions) @ size / 2 + gap  # [2, 8]
         choices = (middles[c] + radii[..., None] * directions).reshape(16, 2)
 

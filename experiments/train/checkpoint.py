@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 
 from experiments.launch import processes
 from experiments.launch.atomic_files import sync, sync_tree
+from experiments.launch.errors import RunError
 from experiments.launch.mesh import Devices
-from experiments.launch.run_folder import RunError
 from experiments.launch.stopping import Stop
 from experiments.train.save_files import (
     check_readable,

@@ -11,7 +11,6 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cache
@@ -25,12 +24,13 @@ from experiments.data.batches import steps_of, train_batches
 from experiments.data.load import load
 from experiments.data.open_set import OpenSet, divide
 from experiments.launch import processes
+from experiments.launch.errors import DamagedError
 from experiments.launch.flags import Common
 from experiments.launch.mesh import Devices, choose
-from experiments.launch.run_folder import DamagedError, read_json, reading, write_json
+from experiments.launch.run_folder import read_json, reading, write_json
 from experiments.launch.stopping import Stop
 from experiments.train.evaluate import evaluate, evaluate_open_set, sample, snapshot_of
-from experiments.train.loop import train_epoch
+from experiments.train.loop import compile_ahead, train_epoch
 from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot, save_snapshot
 from experiments.train.step import create_state, train_step
@@ -170,7 +170,6 @@ class Trainer:
         """Trains and evaluates a cell, and writes its files."""
         task, devices, known = self._task, self._devices, self._open_set.known
         settings, model = task.settings, self._model(cell.feature_dim)
-        start = time.perf_counter()
         state = create_state(
             model, known.image_shape, cell.seed, settings.learning_rate, cell.alpha, devices, known.dtype
         )
@@ -180,8 +179,11 @@ class Trainer:
         )
         steps = steps_of(known.train, settings.batch_size)
         weight = devices.place_state(np.float32(cell.center_weight))
+        compile_ahead(self._step, state, known.train, settings.batch_size, weight, devices)
+        seconds = 0.0
         for _ in range(settings.epochs):
-            state, _ = train_epoch(state, self._step, batches, steps, weight, devices, lambda *_: None)
+            state, row = train_epoch(state, self._step, batches, steps, weight, devices, lambda *_: None)
+            seconds += row['epoch_seconds']
         one = devices.one(state)
         values, _, _ = evaluate_open_set(one, self._open_set, task.similarity, devices)
         if cell.feature_dim == 2:
@@ -190,5 +192,5 @@ class Trainer:
             if processes.is_main_process():
                 save_snapshot(cell.path(task.folder).with_suffix('.npz'), snapshot)
         if processes.is_main_process():  # this file marks the cell as done, so it comes last
-            measures = {**cell._asdict(), **values, 'train_seconds': time.perf_counter() - start}
+            measures = {**cell._asdict(), **values, 'train_seconds': seconds}
             write_json(cell.path(task.folder), measures)

@@ -1,7 +1,8 @@
-"""The output of a run during training: a progress bar, TensorBoard's event files, and a profile of a few steps.
+"""The output of a run during training: its progress, TensorBoard's event files, and a profile of a few steps.
 
-The progress line has loss, accuracy, steps per second and the remaining time; a narrow terminal shows no bar. The event
-files do not need TensorFlow. The profile can be opened in TensorBoard's profiler, Perfetto or XProf.
+A terminal shows a progress line with loss, accuracy, steps per second and the remaining time, and a bar if it is wide.
+A log gets a line for each epoch instead. The event files do not need TensorFlow. The profile can be opened in
+TensorBoard's profiler, Perfetto or XProf.
 """
 
 import shutil
@@ -26,9 +27,11 @@ WARM_UP, TRACED = 5, 5
 
 
 class Progress:
-    """A progress bar for one arm after the other. Use it in a `with` statement."""
+    """The progress of one arm after the other. Use it in a `with` statement."""
 
     def __init__(self, console: Console):
+        self._console = console
+        self._live = console.is_terminal or console.is_jupyter
         self._wide = console.width >= WIDE
         self._bars = RichProgress(
             TextColumn('{task.description}'),
@@ -37,6 +40,7 @@ class Progress:
             TextColumn('{task.fields[numbers]}'),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
+            disable=not self._live,
         )
 
     def __enter__(self) -> 'Progress':
@@ -46,8 +50,10 @@ class Progress:
     def __exit__(self, *_) -> None:
         self._bars.stop()
 
-    def start(self, arm: str, steps: int, done: int = 0) -> None:
-        self._task = self._bars.add_task(arm, total=steps, completed=done, numbers='')
+    def start(self, arm: str, epochs: int, steps: int, done: int = 0) -> None:
+        """Starts an arm of `epochs` epochs of `steps` steps, `done` of which were taken before."""
+        self._epochs = epochs
+        self._task = self._bars.add_task(arm, total=epochs * steps, completed=done, numbers='')
 
     def report(self, before: int, done: int, metrics: Metrics, steps_per_second: float) -> None:
         """Shows `done` steps of an epoch that began after `before` steps, with the latest metrics."""
@@ -56,6 +62,18 @@ class Progress:
             loss, accuracy = f'{loss}, center {metrics.center_loss:.3f}', f'accuracy {metrics.train_accuracy:.0%}'
         numbers = f'{loss}, {accuracy}, {steps_per_second:.0f} steps/s'
         self._bars.update(self._task, completed=before + done, numbers=numbers)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Prints a line for a finished epoch from its row of metrics, where no terminal shows the progress."""
+        if self._live:
+            return
+        self._console.print(
+            f'{row["arm"]}, epoch {row["epoch"]} of {self._epochs}: loss {row["softmax_loss"]:.3f}, center loss '
+            f'{row["center_loss"]:.3f}, accuracy {row["train_accuracy"]:.1%}, '
+            f'test accuracy {row["test_accuracy"]:.1%}, {row["steps_per_second"]:.0f} steps/s',
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 class Scalars:

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from experiments.data.arrays import is_array_file
-from experiments.data.batches import steps_of, train_batches
+from experiments.data.batches import process_slice, steps_of, train_batches
 from experiments.data.load import Dataset, load
+from experiments.data.splits import LazySplit, Split
 from experiments.launch import output, processes
 from experiments.launch.flags import Settings
 from experiments.launch.mesh import Devices
@@ -153,7 +154,7 @@ class Job:
             The result of each arm, by name.
         """
         settings = self.settings
-        step = self.devices.compile(train_step)
+        self._step = step = self.devices.compile(train_step)
         resume = dataclasses.replace(settings, resume=True, overwrite=False).command()
         traces = settings.profile and processes.is_main_process()
         profile = traced(step, self.run.out / PROFILE) if traces else nullcontext(step)
@@ -209,7 +210,9 @@ class Job:
             self.tell(f'the {arm.name} arm continues after {epochs} epochs and {tally.steps} steps')
         writes = self.settings.tensorboard and processes.is_main_process()
         scalars = Scalars(self.run.out / TENSORBOARD / arm.name, saves.rows) if writes else None
-        progress.start(arm.name, last * steps, int(host.step))
+        progress.start(arm.name, last, steps, int(host.step))
+        if epochs < last:
+            compile_ahead(self._step, state, self.data.train, self.settings.batch_size, weight, devices)
         for epoch in range(epochs + 1, last + 1):
             report = partial(progress.report, (epoch - 1) * steps)
             state, metrics = train_epoch(state, step, batches, steps, weight, devices, report, tally, saves)
@@ -217,6 +220,7 @@ class Job:
             one = devices.one(state)
             row = {'epoch': epoch, 'arm': arm.name, **metrics, **measure(epoch, one)}
             self.run.add_metrics(row)
+            progress.epoch(row)
             saves.rows = self.run.saved_rows(arm.name)
             if scalars:
                 scalars.add(row)
@@ -236,6 +240,18 @@ class Saves(Protocol):
 
     def due(self) -> bool: ...
     def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None: ...
+
+
+def compile_ahead(
+    step: Any, state: TrainState, split: Split | LazySplit, batch_size: int, center_weight: Any, devices: Devices
+) -> None:
+    """Compiles `step` for the batches of a split, so that the time of the first epoch does not include it.
+
+    Later calls of `step` find the compiled program.
+    """
+    _, size = process_slice(batch_size, jax.process_index(), jax.process_count())
+    images, labels = split.take([0] * size)
+    step.lower(state, *devices.place_batch(images, labels), center_weight).compile()
 
 
 def train_epoch(
@@ -258,7 +274,8 @@ def train_epoch(
         steps: Number of steps of an epoch.
         center_weight: The weight of the center loss, placed on the devices.
         devices: The devices of the run.
-        report: Called a few times per second with the steps done, the latest metrics and the steps per second.
+        report: Called a few times per second, and at the end, with the number of steps of this epoch that the devices
+            have finished, the metrics of the latest of them and the steps per second.
         tally: Sums over the steps of this epoch that were done before.
         saves: Saves the state, if given.
 
@@ -275,18 +292,20 @@ def train_epoch(
             state, metrics = step(state, *devices.place_batch(images, labels), center_weight)
             counts.append(int((labels >= 0).sum()))
             history.append(metrics)
-            now = time.perf_counter()
-            if now - reported > 0.3 or done == steps:
-                # Reads an earlier step, because the host would wait for the latest one.
-                latest = devices.fetch(history[max(0, len(history) - 3)])
-                report(done, Metrics(*latest.tolist()), (done - first) / (now - first_start))
-                reported = now
             last = done == steps
+            if not last and time.perf_counter() - reported > 0.3:
+                # Waits for an earlier step, so that the devices have the next one already.
+                behind = min(2, len(history) - 1)
+                latest = devices.fetch(history[-1 - behind])
+                reported = time.perf_counter()
+                report(done - behind, Metrics(*latest.tolist()), (done - behind - first) / (reported - first_start))
             if last or (saves is not None and saves.due()):
                 fetched = devices.fetch(history)
                 now = time.perf_counter()
                 tally = tally.add(processes.total(counts), fetched, now - start)
                 counts, history, start = [], [], now
-                if saves is not None and not last:
+                if last:
+                    report(done, Metrics(*fetched[-1].tolist()), (done - first) / (now - first_start))
+                elif saves is not None:
                     saves.save(state, batches, tally)
     return state, tally.row()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.launch.run_folder import RunError
+from experiments.launch.errors import RunError
 
 # Orbax gives this name to the folder of an unfinished save; older releases add the time.
 _UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp(-\d+)?')

@@ -8,7 +8,8 @@ import numpy as np
 
 from experiments.launch import processes
 from experiments.launch.atomic_files import draft
-from experiments.launch.run_folder import DamagedError, reading
+from experiments.launch.errors import DamagedError
+from experiments.launch.run_folder import reading
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.launch.run_folder import KNOWN, RunError, read_json, reading, write_json
+from experiments.launch.errors import RunError
+from experiments.launch.run_folder import KNOWN, read_json, reading, write_json
 
 # Share of the test examples of known classes that are accepted.
 ACCEPTED = 0.95

@@ -109,6 +109,7 @@ def test_numbers_are_written_to_the_table_and_the_picture(tmp_path, capsys, monk
     for arm in ours.layouts(choose('none')):
         assert {('center loss', arm, '16', c) for c in ('8', '24')} <= measured
     assert {arm for step, arm, *_ in measured if step == 'toy'} >= {'centerloss_jax', 'training loop'}
+    assert 'centerloss_jax' in {arm for step, arm, *_ in measured if step == 'toy, 28 x 28'}
     assert all(
         0 < float(row['low_seconds']) <= float(row['step_seconds']) <= float(row['high_seconds']) for row in rows
     )

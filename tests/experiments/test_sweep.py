@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from experiments import sweep
-from experiments.launch.run_folder import RunError
+from experiments.launch.errors import RunError
+from experiments.train import grid
 from experiments.train.grid import Cell
 from tests.support import tiny
 
@@ -141,7 +142,7 @@ def test_a_wrong_value_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
-    work = sweep.work_on_cores
+    work = grid.work_on_cores
 
     def interrupted(*args, **kwargs):
         for cell in work(*args, **kwargs):
@@ -149,7 +150,7 @@ def test_a_sweep_that_is_stopped_says_how_to_go_on(whole, tmp_path, monkeypatch,
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, 'work_on_cores', interrupted)
+        patch.setattr(grid, 'work_on_cores', interrupted)
         assert run(*FLAGS, '--out', tmp_path / 'sweep') == 143
     assert 'To continue: python -m experiments.sweep' in capsys.readouterr().err
     assert run(*FLAGS, '--out', tmp_path / 'sweep', '--resume') == 0

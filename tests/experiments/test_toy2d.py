@@ -65,7 +65,7 @@ def test_a_run_writes_its_settings_its_numbers_and_its_pictures(tmp_path, data_d
     with Image.open(out / 'features.png') as picture:
         assert picture.width > 800
     page = (out / 'report.html').read_text(encoding='utf-8')
-    assert 'python -m experiments.toy2d ' in page
+    assert 'python -m experiments.toy2d --out' in page
     assert '--batch-size 125' in page
 
 

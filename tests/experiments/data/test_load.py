@@ -231,6 +231,12 @@ def test_a_copy_that_is_not_complete_is_not_taken_for_whole(tmp_path, no_tensorf
         load('mnist', tmp_path)
 
 
+def test_a_data_dir_that_does_not_exist_is_said_to_be_so(tmp_path, no_tensorflow):
+    with pytest.raises(DataError, match=r'mnist is not in .*/absent, which does not exist yet'):
+        load('mnist', tmp_path / 'absent')
+    assert not (tmp_path / 'absent').exists()
+
+
 def test_without_tensorflow_the_error_names_the_extra_that_brings_it(tmp_path, no_tensorflow):
     with pytest.raises(DataError, match='cifar10') as error:
         load('cifar10', tmp_path)

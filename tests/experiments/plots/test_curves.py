@@ -29,9 +29,40 @@ def test_the_curves_of_seeds_are_drawn_as_their_mean_in_its_interval(tmp_path):
         assert picture.width > 800
 
 
+def test_the_legend_of_the_curves_covers_none_of_them(tmp_path):
+    arms = {f'an arm with a long name (AUC 0.{n})': [curve(1 / n)] for n in (1, 50)}
+    figure = draw_roc(tmp_path / 'roc.png', arms, title='two arms')
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
 def test_one_seed_has_no_interval_and_the_picture_says_so(tmp_path):
     figure = draw_roc(tmp_path / 'roc.png', {'softmax': [curve(0.3)]}, title='one')
-    assert 'no interval' in figure.get_supxlabel()
+    assert str(figure.get_supxlabel()).endswith('One seed.')
+    assert 'interval' not in figure.get_supxlabel()
+
+
+def test_one_weight_one_alpha_and_one_seed_are_a_point_in_sight(tmp_path):
+    values = {(0.1, 0.5): interval([0.7])}
+    figure = draw_sweep(tmp_path / 'sweep.png', {'auc': values}, {'auc': interval([0.6])}, 1, title='a cell')
+    for axes, setting in zip(figure.axes, (0.1, 0.5), strict=True):
+        point, *_ = axes.containers[0]
+        assert point.get_marker() == 'o'
+        np.testing.assert_allclose(point.get_xydata(), [[setting, 0.7]])
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        assert left < setting < right
+        assert low < 0.7 < high
+    assert 'interval' not in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize(('high', 'top'), [(1.0, 1.0), (1.4, None)])
+def test_shares_end_at_100_percent(tmp_path, high, top):
+    values = {(weight, 0.5): Interval(high, high - 0.2, high + 0.2) for weight in (0.1, 1.0)}
+    figure = draw_sweep(tmp_path / 'sweep.png', {'auc': values}, {'auc': interval([0.9, 0.95])}, 2, title='a sweep')
+    for axes in figure.axes:
+        assert axes.get_ylim()[1] == (top or pytest.approx(high + 0.2, abs=0.1))
 
 
 @pytest.mark.parametrize('alphas', [(0.5,), (0.1, 0.5, 1.0)])

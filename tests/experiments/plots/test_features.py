@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from experiments.plots.features import MAX_FRAMES, animate_features, draw_features
+from experiments.plots.features import FRAME, MAX_FRAMES, REST, animate_features, draw_features
 from experiments.plots.panel import legend
 from experiments.plots.projection import plane_of
+from experiments.plots.text_placement import place_labels
 from experiments.train.snapshots import Snapshot
 
 DIGITS = [str(c) for c in range(10)]
@@ -118,6 +119,25 @@ def test_classes_are_named_beside_their_points(tmp_path):
         for label in labels:
             nearest = np.argmin(np.linalg.norm(arm.centers - np.asarray(label.get_position()), axis=1))
             assert label.get_text() == str(nearest)
+
+
+def test_a_name_stays_at_its_cluster_whatever_a_few_points_do():
+    rng = np.random.default_rng(0)
+    clouds = [rng.normal(place, 1, (200, 2)) for place in ([20, 0], [-20, 0])]
+    clouds[0][:8] += [0, 300]
+    sizes = np.full((2, 2), 2.0)
+    places = place_labels(clouds, [0, 1], sizes, np.array([[-400, 400]] * 2), gap=1)
+    for place, middle in zip(places, ([20, 0], [-20, 0]), strict=True):
+        assert place is not None
+        assert np.linalg.norm(place - middle) < 6
+
+
+def test_pictures_say_what_they_show_and_that_axes_differ(tmp_path):
+    for arms, differ in (({'arm': snapshot()}, False), ({'a': snapshot(), 'b': snapshot()}, True)):
+        figure = draw_features(tmp_path / 'features.png', arms, DIGITS, title='')
+        caption = ' '.join(str(figure.get_supxlabel()).split())
+        assert 'Each dot is an image' in caption
+        assert ('different axes' in caption) == differ
 
 
 def test_a_name_at_the_edge_does_not_lie_on_the_frame(tmp_path):
@@ -283,12 +303,12 @@ def test_nothing_finite_at_all_is_still_a_picture(tmp_path):
     assert figure.axes[0].get_xlabel() == 'PCA 1'
 
 
-def test_the_animation_has_every_epoch_and_begins_with_the_last_which_it_holds(tmp_path):
+def test_the_animation_has_every_epoch_and_rests_at_the_last(tmp_path):
     history = {arm: [snapshot(epoch=e, spread=1 / e) for e in range(1, 6)] for arm in ('softmax', 'center')}
     none = dataclasses.replace(history['center'][0], train_features=np.empty((0, 2)), train_labels=np.empty(0, int))
     history['center'][0] = none  # train features of the last epoch are enough
     animate_features(tmp_path / 'features.gif', history, DIGITS, title='through the epochs')
-    assert [duration for _, duration in frames(tmp_path / 'features.gif')] == [2000, 150, 150, 150, 150]
+    assert [duration for _, duration in frames(tmp_path / 'features.gif')] == [FRAME] * 4 + [REST]
 
 
 def test_a_long_animation_is_thinned_but_keeps_the_first_and_the_last_epoch(tmp_path):
@@ -296,15 +316,18 @@ def test_a_long_animation_is_thinned_but_keeps_the_first_and_the_last_epoch(tmp_
     animate_features(tmp_path / 'long.gif', {'arm': [first, *[middle] * 200, last]}, ['a', 'b'], title='')
     # Epochs that look the same are one picture, shown for as long as all of them.
     pictures, durations = zip(*frames(tmp_path / 'long.gif'), strict=True)
-    assert durations == (2000, 150, 150 * (MAX_FRAMES - 2))
+    assert durations == (FRAME, FRAME * (MAX_FRAMES - 2), REST)
+    animate_features(tmp_path / 'last.gif', {'arm': [first, last]}, ['a', 'b'], title='')
+    (first_alone, _), _ = frames(tmp_path / 'last.gif')
     assert not np.array_equal(pictures[0], pictures[2])
+    assert np.mean(pictures[0] != first_alone) < np.mean(pictures[2] != first_alone)
 
 
 def test_windows_of_the_animation_stand_still(tmp_path):
     """What is left of the panel and below it has the same pixels all the time, whatever the points do."""
     history = {'arm': [snapshot(epoch=e, spread=spread) for e, spread in ((1, 3.0), (20, 0.01))]}
     animate_features(tmp_path / 'features.gif', history, DIGITS, title='')
-    (last, _), (first, _) = frames(tmp_path / 'features.gif')
+    (first, _), (last, _) = frames(tmp_path / 'features.gif')
     changed = np.argwhere(first != last)
     assert len(changed) > 500
     assert changed[:, 0].max() < 0.86 * first.shape[0]

@@ -76,6 +76,14 @@ def test_odd_values_lie_within_a_chart_whose_ticks_differ(values):
     assert len(set(ticks(axes))) == len(ticks(axes))
 
 
+@pytest.mark.parametrize('values', [[0.2, 1.0], [0.99, 1.0], [1.0, 1.0]])
+def test_shares_end_at_100_percent_with_their_last_point_in_sight(values):
+    axes = axes_of(*(row(e, 'arm', test_accuracy=v) for e, v in enumerate(values)))
+    assert axes.get_ylim()[1] == 1
+    assert ticks(axes)[-1].startswith('100')
+    assert not axes.lines[0].get_clip_on()
+
+
 def test_values_that_differ_by_rounding_alone_look_equal():
     low, high = axes_of(*(row(e, 'arm', loss=2.3026 + e * 1e-6) for e in range(3))).get_ylim()
     assert high - low > 0.02

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
+from experiments.metrics.held_out import Interval
 from experiments.plots.measures import MEASURES
 from experiments.plots.report import write_report
 
@@ -205,6 +206,17 @@ def test_numbers_stand_in_the_table_by_measure_and_arm(write):
         ['seconds', '12.34', '12.34'],
     ]
     assert 'examples: 1797' in page.text
+
+
+def test_a_difference_of_shares_is_in_points_and_a_phone_names_the_arm_of_each_number(write):
+    shares = {'test_accuracy': Interval(0.951, 0.941, 0.961), 'eer': Interval(0.3, 0.2, 0.4)}
+    added = {'test_accuracy': Interval(-0.01, -0.03, 0.01), 'eer': Interval(0.1, 0.05, 0.15)}
+    page = Page(write(summary={'softmax': shares, 'center - softmax': added}, differences=('center - softmax',)))
+    assert page.rows[1:3] == [
+        ['test accuracy', '95.10 ± 1.00 %', '-1.00 ± 2.00 points'],
+        ['equal error rate', '0.3 ± 0.1', '0.1 ± 0.05'],
+    ]
+    assert [cell.get('data-arm') for cell in page.all('td')[1:5]] == ['softmax', 'center - softmax'] * 2
 
 
 def test_a_collapsed_arm_is_named_at_the_top(write):

@@ -26,8 +26,9 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 from experiments import toy2d
 from experiments.data.batches import train_batches
 from experiments.data.splits import Split
+from experiments.launch.errors import DamagedError, RunError
 from experiments.launch.mesh import Devices, choose, over_mesh
-from experiments.launch.run_folder import DamagedError, RunError, is_whole, read_json
+from experiments.launch.run_folder import is_whole, read_json
 from experiments.launch.stopping import Stop
 from experiments.train import checkpoint
 from experiments.train.checkpoint import Checkpoints
