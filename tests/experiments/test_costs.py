@@ -62,7 +62,7 @@ def test_the_model_is_what_the_compiler_reports(sizes):
 
 def test_by_hand():
     one = costs.step_costs(10, 2, 4)
-    assert one == (80, 320, 4 * 64, 5 * 4 * 2 * 4, 0)
+    assert one == (80, 320, 4 * 64 + 4 * 2 * 4, 5 * 4 * 2 * 4, 0)
     # 3 of 10 rows on each of 4 devices; the group of 4 looks up 2 of 4 examples, and has them all in the end.
     mesh = costs.step_costs(10, 2, 4, data=2, classes=4)
     assert mesh == (24, 96, 4 * 64 + 64, 8 * (12 / 8 + 8 / 4 + 8), 8 * (2 * 3 / 4 * 2 + 7 / 8 * 4))
