@@ -65,7 +65,7 @@ def test_by_hand():
     assert one == (80, 320, 4 * 64 + 4 * 2 * 4, 5 * 4 * 2 * 4, 0)
     # 3 of 10 rows on each of 4 devices; the group of 4 looks up 2 of 4 examples, and has them all in the end.
     mesh = costs.step_costs(10, 2, 4, data=2, classes=4)
-    assert mesh == (24, 96, 4 * 64 + 64, 8 * (12 / 8 + 8 / 4 + 8), 8 * (2 * 3 / 4 * 2 + 7 / 8 * 4))
+    assert mesh == (24, 96, 4 * 64 + 64 + 4 * 8, 8 * (12 / 8 + 8 / 4 + 8), 8 * (2 * 3 / 4 * 2 + 7 / 8 * 4))
     assert costs.step_costs(10, 2, 4, itemsize=2).table == 40
     # The sums of four classes beside the indices of five examples.
     assert costs.step_costs(4, 2, 5).temporaries == 5 * 64 + 4 * 8
