@@ -3,8 +3,11 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 import centerloss_jax as clj
@@ -104,6 +107,7 @@ def test_readme_links_each_public_name_to_the_file_that_defines_it():
         ('PyTorch repositories', lambda squares, d: squares.mean(), lambda w, b, d: w),
         ('facenet', lambda squares, d: squares.mean() / d, lambda w, b, d: w / d),
         ('TF1 copies', lambda squares, d: squares.sum() / 2, lambda w, b, d: w * b / 2),
+        ('re-ID strong baseline', lambda squares, d: squares.mean(), lambda w, b, d: w),
     ],
 )
 def test_the_table_of_factors_carries_a_weight_over(worked_example, origin, loss, weight):
@@ -116,3 +120,21 @@ def test_the_table_of_factors_carries_a_weight_over(worked_example, origin, loss
     assert factor == weight(0.25, batch_size, num_features)
     theirs = 0.25 * loss(worked_example.per_example, num_features)
     np.testing.assert_allclose(factor * clj.center_loss(x, centers, labels), theirs, rtol=1e-6)
+
+
+def test_the_alpha_of_the_re_id_baseline_moves_centers_as_its_sgd_does():
+    row = re.search(r'SGD of r = ([\d.]+) is . = (.+), ([\d.]+) at (\d+) x (\d+) \|$', TEXT[README], re.MULTILINE)
+    assert row is not None
+    rate, formula, written, num_classes, images_per_class = float(row[1]), row[2], row[3], int(row[4]), int(row[5])
+    assert formula == '2 r (1 + n) / B'
+    alpha = 2 * rate * (1 + images_per_class) / (num_classes * images_per_class)
+    assert f'{alpha:.3f}' == written
+
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(num_classes), images_per_class)
+    x, centers = (rng.normal(size=(n, 3)).astype(np.float32) for n in (len(labels), num_classes))
+    by_sgd = centers - rate * jax.grad(clj.center_loss, argnums=1)(x, centers, labels)
+    tx = clj.center_update(alpha)
+    updates, _ = tx.update(clj.center_rows(x, centers, labels), tx.init(centers), centers)
+    by_eq_4: Any = optax.apply_updates(centers, updates)
+    np.testing.assert_allclose(by_eq_4, by_sgd, rtol=1e-5, atol=1e-6)
