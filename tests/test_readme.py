@@ -48,9 +48,10 @@ def test_the_quickstart_of_readme_is_the_file_that_it_links():
     assert BLOCK.findall(TEXT[README]) == [(ROOT / 'experiments/quickstart/linen.py').read_text(encoding='utf-8')]
 
 
-def test_readme_links_every_quickstart():
-    for path in (ROOT / 'experiments/quickstart').glob('[!_]*.py'):
-        assert f'](experiments/quickstart/{path.name})' in TEXT[README]
+@pytest.mark.parametrize('folder', ['quickstart', 'recipes'])
+def test_readme_links_every_file_that_is_meant_to_be_copied(folder):
+    for path in (ROOT / 'experiments' / folder).glob('[!_]*.py'):
+        assert f'](experiments/{folder}/{path.name})' in TEXT[README]
 
 
 def test_readme_is_short():

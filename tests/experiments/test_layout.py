@@ -57,7 +57,7 @@ def test_a_package_has_at_most_a_dozen_files():
 
 
 def test_no_two_public_things_share_a_name():
-    paths = [path for path in (*PROGRAMS, *MODULES) if path.parent.name != 'quickstart']
+    paths = [path for path in (*PROGRAMS, *MODULES) if path.parent.name not in ('quickstart', 'recipes')]
     names = collections.Counter(name for path in paths for name in public_names(path))
-    # Each program has its own settings and main function. A quickstart is a program on its own.
+    # Each program has its own settings and main function. A quickstart or a recipe is a program on its own.
     assert {name for name, count in names.items() if count > 1} <= {'Config', 'main'}
