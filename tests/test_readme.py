@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,17 @@ def test_the_quickstart_of_readme_is_the_file_that_it_links():
 def test_readme_links_every_file_that_is_meant_to_be_copied(folder):
     for path in (ROOT / 'experiments' / folder).glob('[!_]*.py'):
         assert f'](experiments/{folder}/{path.name})' in TEXT[README]
+
+
+@pytest.mark.slow
+def test_the_blocks_of_both_pages_pass_the_type_checker(tmp_path):
+    blocks = [block for text in TEXT.values() for block in BLOCK.findall(text)]
+    paths = [tmp_path / f'block_{number}.py' for number in range(len(blocks))]
+    for path, block in zip(paths, blocks, strict=True):
+        path.write_text(block, encoding='utf-8')
+    command = [sys.executable, '-m', 'pyright', '--pythonpath', sys.executable, *map(str, paths)]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_readme_is_short():
