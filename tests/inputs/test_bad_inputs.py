@@ -165,6 +165,7 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
     'center_update': [
         (move(alpha=None), TypeError, r'alpha must be a number.*None'),
         (move(alpha=1j), TypeError, r'alpha must be a number.*1j'),
+        (move(alpha=np.array(1j)), TypeError, r'alpha must be a number.*1\.j'),
         (move(alpha={}), TypeError, r'alpha must be a number.*\{\}'),
         (move(alpha=1.5), ValueError, r'alpha must be in \[0, 1\].*1\.5'),
         (move(alpha=lambda count: None), TypeError, r'alpha must be a schedule that returns a number.*None'),
