@@ -16,8 +16,8 @@ import numpy as np
 from experiments.data.digits import held_out
 from experiments.data.image_files import shown, some
 from experiments.data.splits import LazySplit, Split
-from experiments.data.tfds_cache import DataError
 from experiments.launch.atomic_files import draft
+from experiments.launch.errors import DataError
 
 NAMES = ('x', 'y', 'x_test', 'y_test')
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.data.digits import held_out
-from experiments.data.tfds_cache import DataError
+from experiments.launch.errors import DataError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
 

@@ -22,8 +22,8 @@ from PIL import ExifTags, Image
 from experiments.data.digits import classification_info, prepare_once
 from experiments.data.image_files import Splits, find_images, fingerprint, shown, stamp
 from experiments.data.splits import FORMATS, MODES, pixels
-from experiments.data.tfds_cache import DataError
 from experiments.launch.atomic_files import lock
+from experiments.launch.errors import DataError
 
 # Width and height where fewer than half of the images share a size: small, and things can be recognised.
 FALLBACK_SIZE = (64, 64)

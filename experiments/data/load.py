@@ -20,7 +20,7 @@ from experiments.data.arrays import Standardization, is_array_file, read_arrays
 from experiments.data.image_files import natural_order, shown, some
 from experiments.data.image_folder import FALLBACK_SIZE, image_folder
 from experiments.data.splits import MODES, LazySplit, Split
-from experiments.data.tfds_cache import DataError
+from experiments.launch.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

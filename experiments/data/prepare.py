@@ -18,7 +18,8 @@ from pathlib import Path
 import requests
 import tensorflow_datasets as tfds
 
-from experiments.data.tfds_cache import DataError, find, lock_cache, unfinished
+from experiments.data.tfds_cache import find, lock_cache, unfinished
+from experiments.launch.errors import DataError
 
 # The time within which a server must begin to answer. A download may take any time.
 FIRST_ANSWER_SECONDS = 20

@@ -1,7 +1,7 @@
 """The command line of a program: a frozen dataclass declares the flags, their defaults and their help.
 
-A program imports JAX, datasets and plots in its functions, because they take seconds: --help and errors in flags take
-less than one.
+A program imports JAX, datasets and plots in its functions, because they take seconds: --help and errors in flags do not
+need them.
 """
 
 import io

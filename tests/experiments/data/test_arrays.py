@@ -9,7 +9,7 @@ import pytest
 from experiments.data.arrays import Standardization
 from experiments.data.load import load
 from experiments.data.open_set import divide
-from experiments.data.tfds_cache import DataError
+from experiments.launch.errors import DataError
 from tests.support.tiny import all_of, counts
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from PIL import Image
 from experiments import predict
 from experiments.data.image_files import natural_order
 from experiments.data.load import load
-from experiments.data.tfds_cache import DataError
+from experiments.launch.errors import DataError
 from tests.support.tiny import all_of
 
 

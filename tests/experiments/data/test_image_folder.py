@@ -9,8 +9,8 @@ from PIL import EpsImagePlugin, ExifTags, Image
 
 from experiments.data.image_folder import open_image
 from experiments.data.load import load
-from experiments.data.tfds_cache import DataError
 from experiments.launch.atomic_files import lock
+from experiments.launch.errors import DataError
 from tests.support.tiny import all_of, counts
 
 

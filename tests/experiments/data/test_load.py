@@ -11,7 +11,7 @@ from PIL import Image
 from experiments.data import load as module
 from experiments.data import splits
 from experiments.data.load import load
-from experiments.data.tfds_cache import DataError
+from experiments.launch.errors import DataError
 from tests.support.tiny import examples, prepare
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import toy2d
 from experiments.data.splits import Split
-from experiments.data.tfds_cache import DataError
+from experiments.launch.errors import DataError
 
 CONFIG = dataclasses.replace(toy2d.Config(), batch_size=12)
 
