@@ -1,6 +1,7 @@
 """Which classes are trained on and which are verified, on sets of every shape that TFDS has."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -125,3 +126,6 @@ def test_a_split_too_large_for_memory_is_divided_alike(tmp_path, monkeypatch):
     for array, expected in zip(all_of(parts.known), all_of(in_memory.known), strict=True):
         np.testing.assert_array_equal(array, expected)
     np.testing.assert_array_equal(parts.unknown.images, in_memory.unknown.images)
+    sent = pickle.loads(pickle.dumps(parts.known))  # as to the workers of a sweep
+    for array, expected in zip(all_of(sent), all_of(in_memory.known), strict=True):
+        np.testing.assert_array_equal(array, expected)
