@@ -167,7 +167,7 @@ def test_a_folder_of_identities_is_verified(tmp_path, capsys):
         folder = tmp_path / 'people' / f'person {label}'
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f'{number}.png')
-    flags = ('--dataset', tmp_path / 'people', '--data-dir', tmp_path / 'data', '--held-out', '2-3')
+    flags = ('--dataset', tmp_path / 'people', '--data-dir', tmp_path, '--held-out', '2-3')
     assert run(*flags, *QUICK[:-1], 1, '--out', tmp_path / 'run') == 0
     assert '2 classes are trained on' in capsys.readouterr().out
 

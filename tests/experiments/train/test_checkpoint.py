@@ -286,6 +286,7 @@ def own_images(tmp_path_factory) -> Path:
         (folder / 'own' / name).mkdir(parents=True)
         for number in range(5):
             Image.new('L', (8, 8), 50 * value + number).save(folder / 'own' / name / f'{number}.png')
+    (folder / 'cache').mkdir()
     flags = ('--parallel', 'none', '--data-dir', folder / 'cache', '--out', folder / 'run', '--resume')
     assert run(*flags, '--dataset', folder / 'own', '--epochs', 1) == 0
     moved = (folder / 'own').rename(folder / 'moved')
