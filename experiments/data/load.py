@@ -45,10 +45,14 @@ class Dataset:
         return {**{f'class {number}': name for number, name in enumerate(self.class_names)}, **self.fingerprint}
 
     @property
+    def kind(self) -> str:
+        """Returns what the examples are called: images, or examples for those of a .npz file."""
+        return 'images' if self.standardization is None else 'examples'
+
+    @property
     def overview(self) -> str:
         """Returns a line with the numbers of classes and examples and the first class names."""
-        kind = 'images' if self.standardization is None else 'examples'
-        sizes = f'{len(self.train)} train and {len(self.test)} test {kind}'
+        sizes = f'{len(self.train)} train and {len(self.test)} test {self.kind}'
         return f'{self.name} has {self.num_classes} classes ({some(self.class_names)}), {sizes}'
 
     @property
