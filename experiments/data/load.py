@@ -86,7 +86,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0, skip_u
         return _dataset(*_builder(dataset, folder, image_size, skip_unreadable), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(
-            f'{shown(dataset)} could not be read or prepared in {folder}: {error}; correct the cause, or pass another '
+            f'{shown(dataset)} could not be read or prepared in {folder}: {error}; correct the error, or pass another '
             '--data-dir'
         ) from error
 

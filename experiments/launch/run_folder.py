@@ -272,7 +272,9 @@ def reading(path: Path, cure: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DamagedError(f'{path} is missing; {cure}') from error
     except OSError as error:
-        raise RunError(f'{path} could not be read ({error.strerror or error}); mend that, and try again') from error
+        raise RunError(
+            f'{path} could not be read ({error.strerror or error}); correct the error, and run the same command again'
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedError(f'{path} is damaged ({error}); {cure}') from error
 

@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
     def read(self, folder: Path) -> dict[str, Any]:
         """Reads the measures of a finished cell, with NaN for null."""
-        path, cure = self.path(folder), 'give the same line again with --resume'
+        path, cure = self.path(folder), 'run the same command again with --resume'
         values = read_json(path, cure)
         with reading(path, cure):
             return {key: float('nan') if value is None else value for key, value in values.items()}
