@@ -195,7 +195,8 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """Returns the settings of the run, those that its version did not have included."""
-        return {**ADDED, **read_config(self.out)}
+        config = read_config(self.out)
+        return config | {name: value for name, value in ADDED.items() if name not in config}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.is_main_process():
