@@ -256,7 +256,8 @@ def _draw(config: Config, known: 'Dataset', summary: Mapping[str, Any], run: 'Ru
     arms = {}
     for cell in two_dimensional(config):
         arms[f'weight {cell.center_weight:g}'] = load_snapshot(cell.path(run.out / CELLS).with_suffix('.npz'))
-    draw_features(run.out / WEIGHTS, arms, known.class_names, title=f'{title}, alpha {config.shown_alpha:g}')
+    title = f'{title}, alpha {config.shown_alpha:g}'
+    draw_features(run.out / WEIGHTS, arms, known.class_names, title=title, kind=known.kind)
     columns = {'softmax': summary['softmax']}
     columns |= {f'weight {weight:g}': summary[name(weight, config.shown_alpha)] for weight in config.weights if weight}
     write_report(
