@@ -122,7 +122,8 @@ def center_rows(
     Example:
       >>> import centerloss_jax as clj
       >>> import jax.numpy as jnp
-      >>> rows = clj.center_rows(jnp.array([[1.0, 2.0], [4.0, 4.0]]), jnp.zeros((3, 2)), jnp.array([2, -1]))
+      >>> x, labels = jnp.array([[1.0, 2.0], [4.0, 4.0]]), jnp.array([2, -1])
+      >>> rows = clj.center_rows(x, jnp.zeros((3, 2)), labels)
       >>> rows.indices.tolist(), rows.values[0].tolist()
       ([2, -1], [-1.0, -2.0])
 
@@ -164,8 +165,9 @@ def center_loss_and_rows(
     Example:
       >>> import centerloss_jax as clj
       >>> import jax, jax.numpy as jnp
-      >>> loss_fn = lambda x: clj.center_loss_and_rows(x, jnp.zeros((3, 2)), jnp.array([2]))
-      >>> (loss, rows), grad = jax.value_and_grad(loss_fn, has_aux=True)(jnp.array([[3.0, 4.0]]))
+      >>> x, centers, labels = jnp.array([[3.0, 4.0]]), jnp.zeros((3, 2)), jnp.array([2])
+      >>> value_and_grad = jax.value_and_grad(clj.center_loss_and_rows, has_aux=True)
+      >>> (loss, rows), grad = value_and_grad(x, centers, labels)
       >>> loss.item(), grad.tolist(), rows.values.tolist()
       (25.0, [[6.0, 8.0]], [[-3.0, -4.0]])
 

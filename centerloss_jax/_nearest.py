@@ -65,8 +65,9 @@ def nearest_center(x: ArrayLike, centers: ArrayLike, *, block_size: int | np.int
     Example:
       >>> import centerloss_jax as clj
       >>> import jax.numpy as jnp
+      >>> x = jnp.array([[3.0, 2.0], [0.0, 0.5]])
       >>> centers = jnp.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
-      >>> labels, distances = clj.nearest_center(jnp.array([[3.0, 2.0], [0.0, 0.5]]), centers)
+      >>> labels, distances = clj.nearest_center(x, centers)
       >>> labels.tolist(), distances.tolist()
       ([2, 0], [1.0, 0.25])
 

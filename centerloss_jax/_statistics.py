@@ -37,9 +37,12 @@ class ClassStatistics:
     Example:
       >>> import centerloss_jax as clj
       >>> import jax.numpy as jnp
-      >>> statistics = clj.class_statistics(jnp.array([[0.0], [2.0], [9.0]]), jnp.array([0, 0, 1]), num_classes=2)
-      >>> statistics.count.tolist(), statistics.mean.tolist(), statistics.squared_deviation.tolist()
-      ([2, 1], [[1.0], [9.0]], [2.0, 0.0])
+      >>> x, labels = jnp.array([[0.0], [2.0], [9.0]]), jnp.array([0, 0, 1])
+      >>> statistics = clj.class_statistics(x, labels, num_classes=2)
+      >>> statistics.count.tolist(), statistics.mean.tolist()
+      ([2, 1], [[1.0], [9.0]])
+      >>> statistics.squared_deviation.tolist()
+      [2.0, 0.0]
     """
 
     count: Array
@@ -92,8 +95,9 @@ class ClassStatistics:
         Example:
           >>> import centerloss_jax as clj
           >>> import jax.numpy as jnp
-          >>> first = clj.class_statistics(jnp.array([[1.0]]), jnp.array([0]), num_classes=1)
-          >>> second = clj.class_statistics(jnp.array([[3.0]]), jnp.array([0]), num_classes=1)
+          >>> labels = jnp.array([0])
+          >>> first = clj.class_statistics(jnp.array([[1.0]]), labels, num_classes=1)
+          >>> second = clj.class_statistics(jnp.array([[3.0]]), labels, num_classes=1)
           >>> first.merge(second).mean.tolist()
           [[2.0]]
 

@@ -44,7 +44,8 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
       >>> import jax, jax.numpy as jnp
       >>> from jax.sharding import NamedSharding, PartitionSpec
       >>> mesh = jax.make_mesh((jax.device_count(),), ('classes',))
-      >>> table = clj.shard_centers(jnp.zeros((10, 2)), NamedSharding(mesh, PartitionSpec('classes', None)))
+      >>> sharding = NamedSharding(mesh, PartitionSpec('classes', None))
+      >>> table = clj.shard_centers(jnp.zeros((10, 2)), sharding)
       >>> table.shape[0] >= 10, clj.unshard_centers(table, num_classes=10).shape
       (True, (10, 2))
     """

@@ -41,7 +41,7 @@ class Labelling:
     skip_unreadable: bool = False
     """leave out images of a folder that cannot be read, and list them"""
     data_dir: OptionalFolder = None
-    """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
+    """existing folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     out: OptionalFolder = None
     """folder for the predictions; by default predictions in --run, where earlier ones are replaced"""
     embeddings: OptionalFile = None

@@ -190,11 +190,10 @@ def train_cells(
         console.print(f'{damaged} is damaged; its cell runs again', highlight=False, soft_wrap=True)
     if len(missing) < len(cells):
         console.print(f'{len(cells) - len(missing)} of {len(cells)} cells are done already', highlight=False)
-    task = Task(config, config.held_out, config.similarity, folder)
+    task = Task(config, config.similarity, folder)
     available = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     workers = max(1, min(config.workers or available, len(missing))) if config.on_cores else jax.process_count()
-    on_devices = partial(work_on_devices, open_set=open_set, devices=devices)
-    work = partial(work_on_cores, workers=workers) if config.on_cores else on_devices
+    work = partial(work_on_cores, workers=workers) if config.on_cores else partial(work_on_devices, devices=devices)
     resume = dataclasses.replace(config, resume=True, overwrite=False).command()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn('cells, {task.fields[last]}'))
     times = TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
@@ -206,7 +205,7 @@ def train_cells(
             completed=len(cells) - len(missing),
             last='1 process' if workers == 1 else f'{workers} processes',
         )
-        for number, cell in enumerate(work(task, missing, stop=stop), start=len(cells) - len(missing) + 1):
+        for number, cell in enumerate(work(task, missing, open_set, stop=stop), start=len(cells) - len(missing) + 1):
             last = f'weight {cell.center_weight:g}, alpha {cell.alpha:g}, seed {cell.seed}'
             bar.update(shown, advance=1, last=last)
             if not console.is_terminal:
@@ -257,7 +256,8 @@ def _draw(config: Config, known: 'Dataset', summary: Mapping[str, Any], run: 'Ru
     arms = {}
     for cell in two_dimensional(config):
         arms[f'weight {cell.center_weight:g}'] = load_snapshot(cell.path(run.out / CELLS).with_suffix('.npz'))
-    draw_features(run.out / WEIGHTS, arms, known.class_names, title=f'{title}, alpha {config.shown_alpha:g}')
+    title = f'{title}, alpha {config.shown_alpha:g}'
+    draw_features(run.out / WEIGHTS, arms, known.class_names, title=title, kind=known.kind)
     columns = {'softmax': summary['softmax']}
     columns |= {f'weight {weight:g}': summary[name(weight, config.shown_alpha)] for weight in config.weights if weight}
     write_report(

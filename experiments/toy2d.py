@@ -101,8 +101,8 @@ def _draw(
     title = f'{data.name}, {config.model}, {epochs}, seed {config.seed}'
     figure, animation = run.out / 'features.png', run.out / 'features.gif'
     last = {name: epochs[-1] for name, epochs in snapshots.items()}
-    draw_features(figure, last, data.class_names, title=title)
-    animate_features(animation, snapshots, data.class_names, title=title)
+    draw_features(figure, last, data.class_names, title=title, kind=data.kind)
+    animate_features(animation, snapshots, data.class_names, title=title, kind=data.kind)
     write_report(
         run.out / 'report.html',
         title=f'Softmax and center loss: {title}',

@@ -26,3 +26,13 @@ def test_a_public_docstring_has_a_summary_and_every_section(name):
     else:
         assert sections >= {'Args', 'Raises'}
         assert ('Returns' in sections) == (inspect.signature(member).return_annotation is not None)
+
+
+# A page of pdoc in a window of 1280 pixels shows this many characters of a line of code.
+SHOWN = {'function': 83, 'method': 79}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_page_of_pdoc_shows_whole_lines_of_an_example(name):
+    code = [line.strip() for line in (inspect.getdoc(attrgetter(name)(clj)) or '').splitlines() if '>>> ' in line]
+    assert max(map(len, code)) <= SHOWN['method' if name == 'ClassStatistics.merge' else 'function']

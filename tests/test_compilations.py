@@ -1,7 +1,5 @@
 """Outside of jit no public function compiles anything from its second call with the same shapes on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,29 +13,13 @@ from jax.sharding import AxisType, NamedSharding
 
 import centerloss_jax as clj
 from tests.support.problems import make_problem
+from tests.support.programs import compilations
 from tests.support.steps import update
 
 X, CENTERS, LABELS, _ = make_problem(dtype=np.float32)
 WHERE = np.arange(7) != 2
 ROWS = clj.center_rows(X, CENTERS, LABELS)
 MANY_CENTERS = np.concatenate([CENTERS, CENTERS + 1])
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Collects an entry for each program that JAX compiles, or loads from its cache on disk."""
-    events = []
-
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
-        del duration_secs, kwargs
-        if event == '/jax/core/compile/backend_compile_duration':
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_the_count_sees_what_is_compiled_at_every_call():

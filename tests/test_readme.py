@@ -42,8 +42,18 @@ def heading_of(block):
 
 
 @pytest.mark.parametrize('block', BLOCKS, ids=heading_of)
-def test_a_block_of_the_reference_runs_as_it_stands(block):
+def test_a_block_of_the_reference_runs_as_it_stands(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a block may write files to the current folder
     exec(compile(block, str(REFERENCE), 'exec'), {'__name__': 'block'})
+
+
+def test_a_file_that_a_command_of_the_reference_reads_is_written_by_a_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in BLOCKS if 'np.savez' in block]
+    exec(compile(block, str(REFERENCE), 'exec'), {'__name__': 'block'})
+    commands = re.findall(r'^python -m .*$', TEXT[REFERENCE], re.MULTILINE)
+    read = {name for command in commands for name in re.findall(r'--(?:dataset|images) (\S+\.npz)', command)}
+    assert read == {path.name for path in tmp_path.iterdir()} == {'table.npz', 'new.npz'}
 
 
 def test_the_quickstart_of_readme_is_the_file_that_it_links():

@@ -161,9 +161,8 @@ def _add_scaled_rows(table: Array, index: Array, values: Array, scale: Array, un
 
 def _add_repeated(table: Array, index: Array, values: Array, scale: Array, num_classes: int | None):
     """Returns the table with the sums of the rows whose index is repeated, and the squared norm of these sums."""
-    in_turn, at_once = (
-        functools.partial(add, num_classes=num_classes) for add in (_add_repeated_in_turn, _add_repeated_at_once)
-    )
+    in_turn = functools.partial(_add_repeated_in_turn, num_classes=num_classes)
+    at_once = functools.partial(_add_repeated_at_once, num_classes=num_classes)
     return platform.by_platform(table, index, values, scale, cpu=in_turn, default=at_once)
 
 

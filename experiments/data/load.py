@@ -45,10 +45,14 @@ class Dataset:
         return {**{f'class {number}': name for number, name in enumerate(self.class_names)}, **self.fingerprint}
 
     @property
+    def kind(self) -> str:
+        """Returns what the examples are called: images, or examples for those of a .npz file."""
+        return 'images' if self.standardization is None else 'examples'
+
+    @property
     def overview(self) -> str:
         """Returns a line with the numbers of classes and examples and the first class names."""
-        kind = 'images' if self.standardization is None else 'examples'
-        sizes = f'{len(self.train)} train and {len(self.test)} test {kind}'
+        sizes = f'{len(self.train)} train and {len(self.test)} test {self.kind}'
         return f'{self.name} has {self.num_classes} classes ({some(self.class_names)}), {sizes}'
 
     @property
@@ -68,28 +72,35 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int = 0, skip_u
     Args:
         dataset: a name in the catalogue of TFDS, or `digits`, or a folder of images: `class/*.png|jpg|jpeg|webp`,
             or `train/class/*` and `test/class/*`; or a .npz file with arrays x and y, and x_test and y_test.
-        data_dir: where prepared sets are; by default a folder in the user's cache.
+        data_dir: an existing folder of prepared sets; by default one in the user's cache, which is created.
         image_size: width and height that images are brought to; 0 leaves them as they are.
         skip_unreadable: leaves out images of a folder that cannot be read, with a note for each.
 
     Raises:
         DataError: with what is wrong and what to do, in one to ten lines.
     """
+    folder = _data_folder(data_dir)
     if is_array_file(dataset):
         return _standardized(dataset, image_size)
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
-    wanted = data_dir or cache
     try:
-        data_dir = wanted.expanduser().absolute()
-    except RuntimeError as error:  # nobody has that home
-        raise DataError(f'{wanted} has no place ({error}); pass another --data-dir') from error
-    try:
-        return _dataset(*_builder(dataset, data_dir, image_size, skip_unreadable), image_size)
+        return _dataset(*_builder(dataset, folder, image_size, skip_unreadable), image_size)
     except (OSError, RuntimeError) as error:  # ArrayRecord has RuntimeError for a missing or damaged file
         raise DataError(
-            f'{shown(dataset)} could not be read or prepared in {data_dir}: {error}; mend that, or pass another '
+            f'{shown(dataset)} could not be read or prepared in {folder}: {error}; correct the error, or pass another '
             '--data-dir'
         ) from error
+
+
+def _data_folder(data_dir: Path | None) -> Path:
+    """Returns the folder of the prepared sets. Raises DataError if the user has named one that does not exist."""
+    folder = data_dir or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'centerloss_jax'
+    try:
+        folder = folder.expanduser().absolute()
+    except RuntimeError as error:  # nobody has that home
+        raise DataError(f'{folder} has no place ({error}); pass another --data-dir') from error
+    if data_dir and not folder.is_dir():
+        raise DataError(f'--data-dir {folder} is not a folder that exists; create it, or pass another --data-dir')
+    return folder
 
 
 def _standardized(dataset: str, image_size: int) -> Dataset:

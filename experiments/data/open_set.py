@@ -57,11 +57,11 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     test_split = data.test
     if not len(test_places):
         notes.append(
-            f'{data.name} has no test images of known classes; a fifth of each class, at least one, was held out'
+            f'{data.name} has no test {data.kind} of known classes; a fifth of each class, at least one, was held out'
         )
         test_split, test_places = data.train, _fifth(train_places, train[train_places])
         if not len(test_places):
-            raise ValueError(f'{data.name} has no known class with two images, so that none is left to test on')
+            raise ValueError(f'{data.name} has no known class with two {data.kind}, so that none is left to test on')
         train_places = np.setdiff1d(train_places, test_places)
     names = tuple(name for name, is_known in zip(data.class_names, known, strict=True) if is_known)
     known_part = dataclasses.replace(
@@ -73,14 +73,14 @@ def divide(data: Dataset, held_out: str = '') -> OpenSet:
     verified = _limited(unknown, np.concatenate([train, test]))
     if verified.sum() < unknown.sum():
         notes.append(
-            f'{verified.sum()} of the {unknown.sum()} held-out classes are verified, of {LIMIT} images or fewer'
+            f'{verified.sum()} of the {unknown.sum()} held-out classes are verified, of {LIMIT} {data.kind} or fewer'
         )
     both = [(data.train, train), (data.test, test)]
     parts = [split.take(np.flatnonzero((own >= 0) & verified[own])) for split, own in both]
     images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     notes.append(
-        f'{len(names)} classes are trained on, {len(known_part.train)} examples; {verified.sum()} others are verified '
-        f'({some([data.class_names[label] for label in np.flatnonzero(verified)])}), {len(labels)} examples'
+        f'{len(names)} classes are trained on, {len(known_part.train)} {data.kind}; {verified.sum()} others are '
+        f'verified ({some([data.class_names[label] for label in np.flatnonzero(verified)])}), {len(labels)} {data.kind}'
     )
     held = Split(images, labels)
     if data.standardization:  # by the known classes alone, since the others must be new to the network

@@ -28,16 +28,13 @@ FIRST_ANSWER_SECONDS = 20
 def public(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """Returns the copy of a public dataset in `data_dir`, and prepares it first if it is not there."""
     copy = find(name, data_dir)
-    missing = '' if data_dir.is_dir() else ', which does not exist'
     if copy is None and importlib.util.find_spec('tensorflow') is None:
         raise DataError(
-            f'{name} is not in {data_dir}{missing} yet; preparing it takes TensorFlow, once.\n'
+            f'{name} is not in {data_dir} yet; preparing it takes TensorFlow, once.\n'
             'Install it:  python -m pip install -e ".[prepare]"\n'
             'or pass the --data-dir of a copy prepared elsewhere as array_record, which is read without it.'
         )
     if copy is None:
-        if missing:
-            print(f'{data_dir} does not exist; it is made.', file=sys.stderr)
         with lock_cache(data_dir):
             copy = find(name, data_dir) or _prepare(name, data_dir)
     return copy

@@ -7,7 +7,7 @@ some of its files are grey, CMYK or have a palette.
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -87,11 +87,15 @@ class LazySplit:
     def part(self, indices: np.ndarray, classes: np.ndarray) -> 'LazySplit':
         """Returns these examples, with `classes[label]` in place of each label."""
         rows = [self.rows[index] for index in indices]
-        return dataclasses.replace(self, rows=rows, number=lambda label: int(classes[self.number(label)]))
+        return dataclasses.replace(self, rows=rows, number=partial(_renumbered, self.number, classes))
 
     def in_memory_if_small(self) -> 'Split | LazySplit':
         large = len(self) * int(np.prod(self.image_shape)) > MEMORY_LIMIT
         return self if large else Split(*self.take(range(len(self))))
+
+
+def _renumbered(number: Callable[[Any], int], classes: np.ndarray, label: Any) -> int:
+    return int(classes[number(label)])
 
 
 def _decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:

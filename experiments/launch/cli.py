@@ -4,6 +4,8 @@ A program imports JAX, datasets and plots in its functions, because they take se
 need them.
 """
 
+import dataclasses
+import difflib
 import io
 import os
 import sys
@@ -13,7 +15,7 @@ from typing import Any, NoReturn
 import tyro
 
 from experiments.launch.errors import DataError, FlagError, RunError, Stopped
-from experiments.launch.flags import DeviceFlags
+from experiments.launch.flags import DeviceFlags, flag
 
 
 def main(
@@ -28,13 +30,16 @@ def main(
     prog = f'python -m {prog}'
     code, message = 0, ''
     try:
-        config = tyro.cli(
+        config, unknown = tyro.cli(
             config_class,
             prog=prog,
             description=sys.modules[config_class.__module__].__doc__,
             args=argv,
+            return_unknown_args=True,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        if unknown:
+            raise FlagError(_describe(unknown, config_class))
         if isinstance(config, DeviceFlags):
             config.initialize()
         experiment(config)
@@ -52,6 +57,17 @@ def main(
     if message:
         sys.stderr.write(f'{prog}: {message}\n')
     sys.exit(code)
+
+
+def _describe(unknown: Sequence[str], config_class: type) -> str:
+    """Returns a line about the first unknown argument, with the flag whose name, or the end of it, is nearest."""
+    first = next((word for word in unknown if word.startswith('-')), unknown[0])
+    given = first.partition('=')[0].lstrip('-').replace('_', '-')
+    words = {field.name: field.name.split('_') for field in dataclasses.fields(config_class)}
+    ends = [('-'.join(parts[start:]), name) for name, parts in words.items() for start in range(len(parts))]
+    near = difflib.get_close_matches(given, [end for end, _ in ends], n=1)
+    hint = ' or '.join(flag(name) for end, name in ends if end in near)
+    return f'{first} is an unknown argument; ' + (f'did you mean {hint}?' if hint else '--help lists the flags')
 
 
 def _prepare_streams() -> None:

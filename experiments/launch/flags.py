@@ -80,7 +80,7 @@ class Common:
     epochs: int = 30
     """number of passes over the train split"""
     data_dir: OptionalFolder = None
-    """folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
+    """existing folder of the prepared datasets; by default $XDG_CACHE_HOME/centerloss_jax or ~/.cache/centerloss_jax"""
     image_size: int = 0
     """width and height in pixels to which all images are resized; 0 keeps their size"""
     skip_unreadable: bool = False

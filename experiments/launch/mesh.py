@@ -47,7 +47,9 @@ class Devices:
         """Replicates a state over the devices; the rows of the centers are split over the axis 'classes'."""
         mesh = self.mesh
         if mesh is None:
-            return jax_utils.replicate(state, list(self.devices))
+            assert self.axis_name is not None
+            # With the axis of pmap, the first step and the later ones get one layout, and so one program.
+            return jax_utils.replicate(state, list(self.devices), self.axis_name)
         by_rows = NamedSharding(mesh, P('classes', None) if 'classes' in mesh.axis_names else P())
 
         def place(path, leaf):

@@ -195,7 +195,8 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """Returns the settings of the run, those that its version did not have included."""
-        return {**ADDED, **read_config(self.out)}
+        config = read_config(self.out)
+        return config | {name: value for name, value in ADDED.items() if name not in config}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.is_main_process():
@@ -272,7 +273,9 @@ def reading(path: Path, cure: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DamagedError(f'{path} is missing; {cure}') from error
     except OSError as error:
-        raise RunError(f'{path} could not be read ({error.strerror or error}); mend that, and try again') from error
+        raise RunError(
+            f'{path} could not be read ({error.strerror or error}); correct the error, and run the same command again'
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedError(f'{path} is damaged ({error}); {cure}') from error
 

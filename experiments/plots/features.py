@@ -27,15 +27,20 @@ FRAME, REST = 150, 2500  # milliseconds of a frame, and of the last one
 
 # What the pictures show, for readers who have not read the paper.
 CAPTION = (
-    'Each dot is an image, at the features that the network computes from it. Colours are classes, white dots their '
-    'centers. A classifier needs classes apart; the center loss makes each of them tight, too.'
+    'Each dot is an {example}, at the features that the network computes from it. Colours are classes, white dots '
+    'their centers. A classifier needs classes apart; the center loss makes each of them tight, too.'
 )
 
 
-def draw_features(path: Path, arms: dict[str, Snapshot], class_names: Sequence[str], *, title: str) -> Figure:
-    """Writes a figure with a column for each arm, train set above test set, and returns it."""
+def draw_features(
+    path: Path, arms: dict[str, Snapshot], class_names: Sequence[str], *, title: str, kind: str = 'images'
+) -> Figure:
+    """Writes a figure with a column for each arm, train set above test set, and returns it.
+
+    The caption calls the dots by `kind`, 'images' or 'examples'.
+    """
     planes = [plane_of(snapshot.train_features) for snapshot in arms.values()]
-    figure, grid = _figure(planes, title, rows=2, panel_inches=4.2, dpi=140)
+    figure, grid = _figure(planes, title, kind, rows=2, panel_inches=4.2, dpi=140)
     for column, plane, (arm, snapshot) in zip(grid.T, planes, arms.items(), strict=True):
         window = window_of(plane, [snapshot], ('train', 'test'))
         Panel(column[0], plane, window, class_names).show(snapshot, 'train', f'{arm}, train set')
@@ -45,13 +50,15 @@ def draw_features(path: Path, arms: dict[str, Snapshot], class_names: Sequence[s
     return figure
 
 
-def animate_features(path: Path, history: dict[str, list[Snapshot]], class_names: Sequence[str], *, title: str) -> None:
+def animate_features(
+    path: Path, history: dict[str, list[Snapshot]], class_names: Sequence[str], *, title: str, kind: str = 'images'
+) -> None:
     """Writes a GIF of the test set over the epochs, with the arms side by side and constant axis limits.
 
     Only the last snapshot of each arm needs train features. The projection is fitted on them.
     """
     planes = [plane_of(snapshots[-1].train_features) for snapshots in history.values()]
-    figure, grid = _figure(planes, title, rows=1, panel_inches=3.9, dpi=100)
+    figure, grid = _figure(planes, title, kind, rows=1, panel_inches=3.9, dpi=100)
     canvas = FigureCanvasAgg(figure)
     panels = [
         Panel(axes, plane, window_of(plane, snapshots, ('test',)), class_names)
@@ -76,7 +83,7 @@ def animate_features(path: Path, history: dict[str, list[Snapshot]], class_names
 
 
 def _figure(
-    planes: Sequence[Plane], title: str, *, rows: int, panel_inches: float, dpi: int
+    planes: Sequence[Plane], title: str, kind: str, *, rows: int, panel_inches: float, dpi: int
 ) -> tuple[Figure, np.ndarray]:
     """Returns an empty figure and its axes `[rows, planes]`, with a column for each plane."""
     columns = len(planes)
@@ -84,7 +91,7 @@ def _figure(
     figure = Figure(figsize=size, dpi=dpi, layout=ConstrainedLayoutEngine(h_pad=0.1))
     title, families = fitted(title)
     figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
-    caption = CAPTION
+    caption = CAPTION.format(example=kind.removesuffix('s'))
     if columns > 1:
         caption += ' The arms have different axes.'
     caption = textwrap.fill(caption, int(11 * size[0]))  # characters of the caption in an inch

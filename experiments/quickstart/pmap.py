@@ -25,7 +25,7 @@ k1, k2 = jax.random.split(jax.random.key(1))
 params = {'features': jax.random.normal(k1, (32, 2)) / 6, 'logits': jax.random.normal(k2, (2, 10))}
 state = {'params': params, 'centers': jnp.zeros((10, 2))}
 tx = clj.with_centers(optax.sgd(0.1), axis_name='batch')
-state, opt_state = jax_utils.replicate((state, tx.init(state)))
+state, opt_state = jax_utils.replicate((state, tx.init(state)), axis_name='batch')  # as below: compiles once
 
 
 @partial(jax.pmap, axis_name='batch', donate_argnums=(0, 1))

@@ -102,8 +102,8 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many types for a full disk
             raise RunError(
-                f'no save could be written to {self._folder} ({system_reason(error)}); those before it are whole. '
-                'Mend that, and give the same line again with --resume'
+                f'no save could be written to {self._folder} ({system_reason(error)}); the earlier saves are '
+                'complete. Correct the error, and run the same command again with --resume'
             ) from error
 
     def _sync(self) -> None:
@@ -192,8 +192,8 @@ def saved_state(folder: Path | str, arm: str = '') -> dict[str, Any]:
         except Exception as error:
             check_system(path, error)
             raise RunError(
-                f'{path} is damaged ({first_line(error)}); remove report.html of its run and give '
-                "the run's line again with --resume, which makes the save anew"
+                f'{path} is damaged ({first_line(error)}); remove report.html of its run and '
+                'resume the run with --resume, which writes the save again'
             ) from error
 
 

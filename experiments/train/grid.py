@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
     def read(self, folder: Path) -> dict[str, Any]:
         """Reads the measures of a finished cell, with NaN for null."""
-        path, cure = self.path(folder), 'give the same line again with --resume'
+        path, cure = self.path(folder), 'run the same command again with --resume'
         values = read_json(path, cure)
         with reading(path, cure):
             return {key: float('nan') if value is None else value for key, value in values.items()}
@@ -70,7 +70,6 @@ class Task(NamedTuple):
     """The settings that all cells of a sweep share."""
 
     settings: Common
-    held_out: str
     similarity: str
     folder: Path
 
@@ -99,8 +98,10 @@ def work_on_devices(
         stop.raise_if_requested()
 
 
-def work_on_cores(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -> Iterator[Cell]:
+def work_on_cores(task: Task, cells: Sequence[Cell], open_set: OpenSet, workers: int, stop: Stop) -> Iterator[Cell]:
     """Runs the cells in `workers` processes, each on a CPU core, and yields each cell when it is done.
+
+    All processes get the examples of `open_set`, so that a dataset that changes does not change the cells.
 
     Raises:
         Stopped: If a signal asked the sweep to stop.
@@ -110,7 +111,7 @@ def work_on_cores(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [None]
     for number in range(workers):
         cores.put(available[number % len(available)])
-    with ProcessPoolExecutor(workers, context, _begin, (task, cores)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (task, open_set, cores)) as pool:
         futures = {pool.submit(_train, cell): cell for cell in cells}
         try:
             while futures:
@@ -126,13 +127,13 @@ def work_on_cores(task: Task, cells: Sequence[Cell], workers: int, stop: Stop) -
                     process.terminate()
 
 
-_task: Task
+_work: tuple[Task, OpenSet]
 
 
-def _begin(task: Task, cores: Any) -> None:
+def _begin(task: Task, open_set: OpenSet, cores: Any) -> None:
     """Prepares a worker and pins it to one core, so that the threads of workers do not compete."""
-    global _task
-    _task = task
+    global _work
+    _work = task, open_set
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the workers after Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     core = cores.get()
@@ -150,7 +151,7 @@ def _end_with_parent() -> None:
 
 @cache
 def _trainer() -> 'Trainer':
-    return Trainer(_task, load_open_set(_task.settings, _task.held_out), choose('none'))
+    return Trainer(*_work, choose('none'))
 
 
 def _train(cell: Cell) -> None:

@@ -100,8 +100,8 @@ def _listed(folder: Path) -> list[Path]:
 
 def _unreadable(path: Path, error: BaseException) -> RunError:
     return RunError(
-        f'{path} could not be read ({system_reason(error)}); nothing is removed. Mend that, or move '
-        'the save to another folder, and give the same line again'
+        f'{path} could not be read ({system_reason(error)}); nothing is removed. Correct the error, '
+        'or move the save to another folder, and run the same command again'
     )
 
 

@@ -28,7 +28,7 @@ def read_known(out: Path) -> tuple[tuple[str, ...], dict[str, float]]:
     path = out / KNOWN
     if not path.exists():
         raise RunError(f'{out} holds no finished run; name the --out of one, or finish it with --resume')
-    cure = "give the run's line again with --resume, which makes it anew"
+    cure = 'resume the run with --resume, which writes the file again'
     known = read_json(path, cure)
     with reading(path, cure):
         reach = known['reach'].items()

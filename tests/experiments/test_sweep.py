@@ -14,9 +14,12 @@ from PIL import Image
 
 from experiments import sweep
 from experiments.launch.errors import RunError
+from experiments.launch.mesh import choose
+from experiments.launch.stopping import Stop
 from experiments.train import grid
-from experiments.train.grid import Cell
+from experiments.train.grid import Cell, Task, Trainer
 from tests.support import tiny
+from tests.support.ends import untimed
 
 FLAGS = ('--epochs', 1, '--batch-size', 500, '--feature-dim', 2, '--seeds', 1, '--weights', 0.1, '--alphas', 0.5)
 
@@ -97,6 +100,26 @@ def test_a_sweep_on_a_mesh_has_the_cells_of_one_on_cores(whole, tmp_path):
         for name, value in row.items():
             if name != 'collapsed':
                 np.testing.assert_allclose(float(value), float(expected[name]), rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.slow
+def test_workers_train_on_the_data_of_the_sweep_though_an_image_is_added(tmp_path):
+    source, folder = tmp_path / 'images', tmp_path / 'cells'
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 10, 8, 8), np.uint8)
+    for label, number in np.ndindex(4, 10):
+        (source / f'{label}').mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[label, number]).save(source / f'{label}' / f'{number}.png')
+    config = sweep.Config(dataset=str(source), data_dir=tmp_path, epochs=1, batch_size=32, held_out='2-3')
+    open_set = grid.load_open_set(config, config.held_out)
+    task, cell = Task(config, 'cosine', folder), Cell(0.1, 0.5, 0, 3)
+    Trainer(task, open_set, choose('none')).train(cell)
+    expected = cell.read(folder)
+
+    Image.fromarray(pixels[0, 0]).save(source / '1' / 'added.png')
+    with Stop('') as stop:
+        assert list(grid.work_on_cores(task, [cell], open_set, 1, stop)) == [cell]
+    assert untimed(cell.read(folder)) == untimed(expected)
 
 
 def test_workers_beside_other_devices_are_one_line_and_exit_code_2(tmp_path, capsys):

@@ -138,8 +138,8 @@ def test_omniglot_whose_splits_have_alphabets_of_their_own_is_verified_on_those_
     flags = ('--dataset', 'omniglot', '--data-dir', tmp_path, '--image-size', 28, '--out', out)
     assert run(*flags, '--parallel', 'none', '--epochs', 1, '--seeds', 1, '--batch-size', 8) == 0
     said = capsys.readouterr().out
-    assert '5 classes are trained on, 25 examples; 3 others are verified (' in said
-    assert '), 18 examples\n' in said
+    assert '5 classes are trained on, 25 images; 3 others are verified (' in said
+    assert '), 18 images\n' in said
     config = json.loads((out / 'config.json').read_text())
     assert (config['num_classes'], config['image_shape']) == (5, [28, 28, 3])
     summary = json.loads((out / 'summary.json').read_text())
@@ -156,7 +156,7 @@ def test_lfw_whose_labels_are_names_and_which_has_one_split_is_verified_on_some_
     out = tmp_path / 'run'
     flags = ('--dataset', 'lfw', '--data-dir', tmp_path, '--image-size', 16, '--out', out)
     assert run(*flags, '--parallel', 'none', '--epochs', 1, '--seeds', 1, '--batch-size', 8) == 0
-    assert re.search(r'3 others are verified \(Person_\w(, Person_\w){2}\), 18 examples', capsys.readouterr().out)
+    assert re.search(r'3 others are verified \(Person_\w(, Person_\w){2}\), 18 images', capsys.readouterr().out)
     known = json.loads((out / 'known.json').read_text())
     assert known['class_names'] == [f'Person_{letter}' for letter in 'ABCDEFG']
 
@@ -167,7 +167,7 @@ def test_a_folder_of_identities_is_verified(tmp_path, capsys):
         folder = tmp_path / 'people' / f'person {label}'
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f'{number}.png')
-    flags = ('--dataset', tmp_path / 'people', '--data-dir', tmp_path / 'data', '--held-out', '2-3')
+    flags = ('--dataset', tmp_path / 'people', '--data-dir', tmp_path, '--held-out', '2-3')
     assert run(*flags, *QUICK[:-1], 1, '--out', tmp_path / 'run') == 0
     assert '2 classes are trained on' in capsys.readouterr().out
 

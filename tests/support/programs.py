@@ -1,7 +1,9 @@
-"""What a compiled program moves between devices and what memory it takes, read from the program."""
+"""What a compiled program moves between devices and what memory it takes, and how many programs JAX compiles."""
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -44,3 +46,20 @@ def collectives_in_loops(compiled) -> list[str]:
     """Returns the collectives outside of the program's entry, which a loop may run many times."""
     called, _ = compiled.as_text().split('\nENTRY ')
     return COLLECTIVE.findall(called)
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects an entry for each program that JAX compiles, or loads from its cache on disk."""
+    events = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        del duration_secs, kwargs
+        if event == '/jax/core/compile/backend_compile_duration':
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

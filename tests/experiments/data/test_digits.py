@@ -19,8 +19,8 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
     assert Counter((int(label), *image.ravel()) for image, label in zip(images, labels, strict=True)) == expected
 
 
-def test_a_fifth_of_each_digit_is_held_out_and_always_the_same(tmp_path):
-    dataset, again = load('digits', tmp_path / 'first'), load('digits', tmp_path / 'second')
+def test_a_fifth_of_each_digit_is_held_out_and_always_the_same(tmp_path_factory):
+    dataset, again = (load('digits', tmp_path_factory.mktemp('data')) for _ in range(2))
     train, test = (counts(split) for split in (dataset.train, dataset.test))
     np.testing.assert_allclose(test, (train + test) / 5, atol=0.5)
     for found, expected in zip(all_of(again), all_of(dataset), strict=True):

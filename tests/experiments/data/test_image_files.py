@@ -43,7 +43,9 @@ def trained(root: Path, cache: Path) -> tuple[int, tuple[str, ...]]:
 
 @pytest.fixture
 def cache(tmp_path) -> Path:
-    return tmp_path / 'cache'
+    path = tmp_path / 'cache'
+    path.mkdir()
+    return path
 
 
 def test_hidden_files_and_folders_are_no_images(tmp_path, cache):

@@ -33,7 +33,9 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path) -> Path:
-    return tmp_path / 'cache'
+    path = tmp_path / 'cache'
+    path.mkdir()
+    return path
 
 
 def note_with(dataset, text: str) -> str:

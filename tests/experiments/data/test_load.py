@@ -231,10 +231,13 @@ def test_a_copy_that_is_not_complete_is_not_taken_for_whole(tmp_path, no_tensorf
         load('mnist', tmp_path)
 
 
-def test_a_data_dir_that_does_not_exist_is_said_to_be_so(tmp_path, no_tensorflow):
-    with pytest.raises(DataError, match=r'mnist is not in .*/absent, which does not exist yet'):
-        load('mnist', tmp_path / 'absent')
-    assert not (tmp_path / 'absent').exists()
+@pytest.mark.parametrize('name', ['absent', 'file'])
+@pytest.mark.parametrize('dataset', ['digits', 'mnist', 'images', 'table.npz'])
+def test_a_data_dir_that_does_not_exist_is_an_error(tmp_path, dataset, name):
+    (tmp_path / 'file').touch()
+    with pytest.raises(DataError, match=rf'--data-dir .*/{name} is not a folder that exists; create it'):
+        load(dataset, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
 def test_without_tensorflow_the_error_names_the_extra_that_brings_it(tmp_path, no_tensorflow):
@@ -246,9 +249,9 @@ def test_without_tensorflow_the_error_names_the_extra_that_brings_it(tmp_path, n
 
 
 def test_a_data_dir_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / 'file').touch()
+    (tmp_path / 'digits').touch()
     with pytest.raises(DataError, match='digits could not be read or prepared in'):
-        load('digits', tmp_path / 'file')
+        load('digits', tmp_path)
 
 
 def test_prepared_sets_go_to_the_cache_of_the_user(tmp_path, monkeypatch):

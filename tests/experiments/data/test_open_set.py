@@ -1,6 +1,7 @@
 """Which classes are trained on and which are verified, on sets of every shape that TFDS has."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -114,6 +115,15 @@ def test_examples_without_a_label_belong_nowhere():
     assert set(parts.known.test.labels.tolist()) == {0, 1, 2, 4, 5, 6}
 
 
+def test_notes_call_the_examples_of_an_array_file_examples_and_others_images(tmp_path):
+    np.savez(tmp_path / 'own.npz', x=np.arange(120.0).reshape(60, 2), y=LABELS)
+    arrays = load(str(tmp_path / 'own.npz'))
+    for data, kind in ((DATA, 'images'), (arrays, 'examples')):
+        note = divide(data).known.notes[-1]
+        assert f' {kind}; 3 others are verified ' in note
+        assert note.endswith(f', 18 {kind}')
+
+
 def test_a_split_too_large_for_memory_is_divided_alike(tmp_path, monkeypatch):
     images = [(Image.fromarray(np.full((4, 6), n, np.uint8)), int(label)) for n, label in enumerate(LABELS % 5)]
     features = {'image': tfds.features.Image(shape=(4, 6, 1)), 'label': tfds.features.ClassLabel(num_classes=5)}
@@ -125,3 +135,6 @@ def test_a_split_too_large_for_memory_is_divided_alike(tmp_path, monkeypatch):
     for array, expected in zip(all_of(parts.known), all_of(in_memory.known), strict=True):
         np.testing.assert_array_equal(array, expected)
     np.testing.assert_array_equal(parts.unknown.images, in_memory.unknown.images)
+    sent = pickle.loads(pickle.dumps(parts.known))  # as to the workers of a sweep
+    for array, expected in zip(all_of(sent), all_of(in_memory.known), strict=True):
+        np.testing.assert_array_equal(array, expected)

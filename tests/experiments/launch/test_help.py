@@ -48,9 +48,23 @@ def test_help_lists_data_folder_and_epochs_first_and_the_devices_last(program):
         assert [name for name in names if name != 'workers'][-len(devices) :] == devices
 
 
-@pytest.mark.parametrize(('flag', 'near'), [('--epoch', '--epochs'), ('--centerweight', '--center-weight')])
-def test_an_unknown_flag_is_answered_with_the_nearest(capsys, flag, near):
-    assert run(importlib.import_module('experiments.toy2d'), flag, 3) == 2
-    error = capsys.readouterr().err
-    assert f'Unrecognized options: {flag}' in error
-    assert f'{near} ' in error
+@pytest.mark.parametrize(
+    ('given', 'near'),
+    [
+        (('--epoch', 3), '--epochs'),
+        (('--epochs', 3, '--centerweight', 0.1), '--center-weight'),
+        (('--wieght', 0.1), '--center-weight'),
+        (('--leraning_rate=0.1',), '--learning-rate'),
+        (('--size', 8), '--image-size or --batch-size'),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_nearest(capsys, given, near):
+    assert run(importlib.import_module('experiments.toy2d'), *given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f' is an unknown argument; did you mean {near}?')
+
+
+def test_an_argument_that_is_near_no_flag_is_answered_with_the_help(capsys):
+    assert run(importlib.import_module('experiments.toy2d'), 'abc') == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == 'python -m experiments.toy2d: abc is an unknown argument; --help lists the flags'

@@ -16,11 +16,15 @@ import pytest
 
 from experiments import toy2d
 from experiments.train.checkpoint import saved_params
+from experiments.train.save_files import saved_steps, unfinished_saves
 from tests.support import tiny
+from tests.support.ends import untimed
 from tests.support.tiny import COLUMNS, rows, strict
 
 run = partial(tiny.run, toy2d)
 
+# Two processes save at every 16th step, and an epoch has three.
+SAVED_TWICE = ('--batch-size', 500, '--epochs', 12, '--save-every', 0.01)
 QUICK = ('--batch-size', 500, '--epochs', 1)
 
 
@@ -39,6 +43,13 @@ def start(index: int, port: int, *flags: object, experiment: str = 'toy2d') -> s
         text=True,
         env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'},
     )
+
+
+def start_one(*flags: object) -> subprocess.Popen:
+    """Starts a process that is the only one of its run, with one device."""
+    command = [sys.executable, '-W', 'error', '-m', 'experiments.toy2d', '--parallel', 'none', *map(str, flags)]
+    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def start_two(*flags: object, experiment: str = 'toy2d', own: tuple = ((), ())) -> list[subprocess.Popen]:
@@ -142,6 +153,48 @@ def test_a_process_that_is_lost_ends_the_other_within_a_minute_and_the_last_save
     both[killed].kill()
     finish(both[killed])
     assert saved_params(tmp_path / 'run' / 'checkpoints' / 'softmax')['centers']['center']['centers'].shape == (10, 2)
+
+
+def rows_of(out: Path, arm: str) -> list[dict[str, str]]:
+    """The rows of an arm without times."""
+    return [untimed(row) for row in rows(out) if row['arm'] == arm]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory) -> Path:
+    """A run of one process that was not killed."""
+    out = tmp_path_factory.mktemp('undisturbed') / 'run'
+    code, *printed = finish(start_one(*SAVED_TWICE, '--out', out))
+    assert code == 0, printed
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [1, 0], ids=['any', 'the coordinator'])
+def test_one_process_finishes_a_run_of_two_of_which_one_was_killed_during_a_save(tmp_path, undisturbed, killed):
+    out = tmp_path / 'run'
+    saves = out / 'checkpoints' / 'softmax'
+    both = start_two(*SAVED_TWICE, '--out', out)
+    while not (saved_steps(saves) and unfinished_saves(saves)):
+        assert both[killed].poll() is None
+        time.sleep(0.001)
+    both[killed].kill()
+    assert_jax_ends_it_within_a_minute(both[1 - killed])
+    finish(both[killed])
+    before = rows_of(out, 'softmax')
+
+    code, output, errors = finish(start_one(*SAVED_TWICE, '--out', out, '--resume'))
+    assert (code, errors) == (0, ''), output
+    continued = re.search(r'the softmax arm continues after (\d+) epochs', output)
+    assert continued
+    epochs = int(continued[1])
+    after = rows_of(out, 'softmax')
+    assert epochs > 0
+    assert after[:epochs] == before[:epochs]
+    for row, expected in zip(after, rows_of(undisturbed, 'softmax'), strict=True):
+        for name in ('softmax_loss', 'train_accuracy', 'test_accuracy', 'intra_inter_ratio'):
+            np.testing.assert_allclose(float(row[name]), float(expected[name]), rtol=0.05, err_msg=name)
+    assert rows_of(out, 'center') == rows_of(undisturbed, 'center')  # one process trained this arm alone
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.launch.run_folder import CONFIG, DATA, Run, read_json
+from experiments.launch.run_folder import ADDED, CONFIG, DATA, Run, read_json
 
 SETTINGS = {'model': 'small', 'feature_dim': 2, 'dataset': 'digits'}
 
@@ -14,6 +14,14 @@ def start(out: Path, identity: dict[str, str], *, overwrite: bool = False) -> No
     if run.resumed:
         run.check_data('digits', identity)
     run.start(SETTINGS, identity)
+
+
+def test_a_setting_that_an_earlier_version_lacks_comes_after_its_own_settings(tmp_path):
+    start(tmp_path, {})
+    run = Run(tmp_path, overwrite=False, resume=True)
+    assert [*run.config()] == [*SETTINGS, *ADDED]
+    run.start({**SETTINGS, 'images_per_class': 8, 'seed': 0}, {})
+    assert [*run.config()] == [*SETTINGS, 'images_per_class', 'seed']
 
 
 @pytest.mark.parametrize('before', [False, True], ids=['new', 'overwritten'])

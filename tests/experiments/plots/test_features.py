@@ -140,6 +140,11 @@ def test_pictures_say_what_they_show_and_that_axes_differ(tmp_path):
         assert ('different axes' in caption) == differ
 
 
+def test_the_dots_of_arrays_are_called_examples(tmp_path):
+    figure = draw_features(tmp_path / 'features.png', {'arm': snapshot()}, DIGITS, title='', kind='examples')
+    assert 'Each dot is an example, at' in ' '.join(str(figure.get_supxlabel()).split())
+
+
 def test_a_name_at_the_edge_does_not_lie_on_the_frame(tmp_path):
     arm = snapshot(num_classes=2, spread=0.05)
     figure = draw_features(tmp_path / 'features.png', {'arm': arm}, ['albatross', 'cormorant'], title='')

@@ -108,6 +108,7 @@ def inspect(page: Path, width: int) -> tuple[dict, list[str]]:
             charts: [...page.querySelectorAll('.chart > img')].map(chart => chart.getBoundingClientRect().width),
             width: inner.innerWidth,
             needed: page.documentElement.scrollWidth,
+            hidden: [...page.querySelectorAll('pre')].map(block => block.scrollWidth - block.clientWidth),
           }}) + 'END';
         }}
         </script>"""
@@ -130,6 +131,7 @@ def test_the_page_loads_without_faults_and_fits_a_phone_and_a_screen(write, widt
     found, errors = inspect(write(summary=many), width)
     assert not errors
     assert found['images'] == [1200, 1200, 680, 680]
+    assert found['hidden'] == [0]
     assert len(found['charts']) == 2
     assert 280 <= min(found['charts']) <= max(found['charts']) <= width
     assert found['needed'] <= found['width'] == width

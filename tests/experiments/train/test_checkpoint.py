@@ -286,6 +286,7 @@ def own_images(tmp_path_factory) -> Path:
         (folder / 'own' / name).mkdir(parents=True)
         for number in range(5):
             Image.new('L', (8, 8), 50 * value + number).save(folder / 'own' / name / f'{number}.png')
+    (folder / 'cache').mkdir()
     flags = ('--parallel', 'none', '--data-dir', folder / 'cache', '--out', folder / 'run', '--resume')
     assert run(*flags, '--dataset', folder / 'own', '--epochs', 1) == 0
     moved = (folder / 'own').rename(folder / 'moved')
@@ -543,6 +544,7 @@ def test_an_error_of_the_device_is_one_line_and_leaves_every_save(tmp_path, save
         message = str(error.value)
         assert str(path) in message
         assert os.strerror(errno.EIO) in message
+        assert message.endswith('and run the same command again')
         assert '\n' not in message
         assert bytes_of(folder) == before
     path.unlink()
@@ -586,7 +588,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_saves_befo
     with pytest.raises(RunError, match=r'no save could be written to .*saves .*too large') as error:
         save_more()
     assert '\n' not in str(error.value)
-    assert '--resume' in str(error.value)
+    assert str(error.value).endswith('and run the same command again with --resume')
     found, _ = restore(folder, saved, one_device)
     assert found[1].steps == 2
 
@@ -703,6 +705,7 @@ def test_an_error_of_the_device_is_not_taken_for_damage(tmp_path, read):
     with pytest.raises(RunError, match=f'file could not be read .{os.strerror(errno.EIO)}') as error:
         read(path)
     assert not isinstance(error.value, DamagedError)
+    assert str(error.value).endswith('and run the same command again')
 
 
 @pytest.mark.parametrize('content', [b'', b'{', b'\xff', b'[]', b'3', b'{}'])
