@@ -74,6 +74,8 @@ def test_the_table_keeps_its_dtype(dtype):
     rows = make_rows(4, 0)
     table = jnp.asarray(TABLE, dtype)
     chex.assert_type(table + rows, dtype)
+    expected = oracle.add_rows(np.asarray(table), rows.indices, rows.values)
+    np.testing.assert_allclose(table + rows, expected, rtol=float(jnp.finfo(dtype).eps))
     chex.assert_type(optax.apply_updates(table, rows), dtype)
     narrow = clj.RowUpdates(rows.indices, rows.values.astype(jnp.bfloat16))
     chex.assert_type(table + narrow, dtype)

@@ -69,7 +69,7 @@ BY_DEFAULT = [
     'two axes, by rows along the batch',
     'two axes, all over both',
 ]
-NAMED_BY_ARGUMENT = ['by rows', 'two axes, all over both']
+NAMED_BY_ARGUMENT = ['replicated', 'two axes, by rows along the batch']
 
 
 def cases():
