@@ -18,9 +18,11 @@ import centerloss_jax as clj
 
 X, C, LABELS = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32), np.array([0, 2, 1, 0])
 ROWS = clj.RowUpdates(jnp.array([1, 0]), jnp.ones((2, 2)))
+GRADIENT = clj.RowUpdates(ROWS.indices, ROWS.values, kind='gradient')
 NARROW, KEYS = np.ones((3, 2), jnp.float8_e4m3fn), jax.random.split(jax.random.key(0), 4)
 RAGGED: Any = [[0], [1, 2], [1], [2]]
 NONE: Any = None
+CENTER: Any = 'center'
 TWO: Any = [ROWS, ROWS]
 MESH = jax.make_mesh((8,), ('classes',), axis_types=(AxisType.Auto,))
 BY_ROWS = NamedSharding(MESH, P('classes', None))
@@ -173,6 +175,7 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (move(mesh='data'), TypeError, r"mesh must be a jax.sharding.Mesh.*'data'"),
         (move(axis_name=0), TypeError, r'axis_name.*0'),
         (move(updates=C), TypeError, r'center_update takes RowUpdates.*float32\[3,2\]'),
+        (move(updates=GRADIENT), TypeError, r"center_update.*kind 'gradient'.*by_rows"),
         (move(params=C[0]), ValueError, r'table of the rows must have shape \[C, D\].*\[2\]'),
         (move(params=np.float32(1)), ValueError, r'table of the rows must have shape \[C, D\].*\[\]'),
         (move(params=np.ones((3, 5), np.float32)), ValueError, r'rows of 2 features.*table \[3, 5\]'),
@@ -196,6 +199,8 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (add(values=np.ones((2, 3), np.float32)), ValueError, r'rows of 3 features.*table \[3, 2\]'),
         (add(table=np.ones((3, 2), np.int32)), TypeError, r'table must be floating point.*int32'),
         (add(table=C[0]), ValueError, r'table must have shape.*\[2\]'),
+        (partial(clj.RowUpdates, LABELS, X, kind=TWO), ValueError, r"kind must be 'centers'"),
+        (partial(clj.RowUpdates, LABELS, X, kind=CENTER), ValueError, r"kind must be.*got 'center'"),
     ],
     'concatenate_rows': [
         (clj.concatenate_rows, ValueError, r'concatenate_rows needs at least one'),
