@@ -49,7 +49,7 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
       ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2; negative ones leave an example out
     """
     check_num_classes(num_classes)
-    labels = _as_integers(labels)
+    labels = as_integers(labels)
     check_not_traced(labels, 'labels', 'check_labels')
     labels = np.asarray(jax.device_get(labels))
     _raise_on_mistakes(labels, np.asarray(row_index(labels, num_classes)) == DROPPED, num_classes)
@@ -62,7 +62,7 @@ def class_index(
 
     A label >= C is an error where its value is known; a traced label has none.
     """
-    labels = _as_integers(labels)
+    labels = as_integers(labels)
     if labels.shape != shape:
         one_hot = labels.shape == (*shape, num_classes)
         hint = '; for one-hot labels pass labels.argmax(-1)' if one_hot else ''
@@ -105,6 +105,39 @@ def check_size(size: Any, name: str) -> None:
         positive = False
     if not positive:
         raise ValueError(f'{name} must be an integer of at least 1, got {size!r}')
+
+
+def check_classes(classes: ArrayLike | Sequence, num_classes: int) -> Array:
+    """Returns the classes of a sample, int32 `[S]`; their order and their range are checked where values are known."""
+    classes = as_integers(classes, 'classes')
+    if classes.ndim != 1 or classes.size == 0:
+        raise ValueError(f'classes must have shape [S] with S at least 1, got {list(classes.shape)}')
+    index = row_index(classes, num_classes)
+    if _is_concrete(index):
+        known = np.asarray(jax.device_get(index))
+        if not ((known >= 0) & (known < num_classes)).all() or not (np.diff(known) > 0).all():
+            raise ValueError(
+                f'classes must be distinct, in ascending order and from 0 to {num_classes - 1}, as sample_classes '
+                'returns them'
+            )
+    return jnp.asarray(index)
+
+
+def place_in_sample(index: Array, classes: Array) -> Array:
+    """Returns the place of each class among sorted classes: DROPPED where it is not there, IGNORED as it is.
+
+    A class that is not there is an error where all values are known.
+    """
+    place = jnp.clip(jnp.searchsorted(classes, index), 0, classes.size - 1).astype(jnp.int32)
+    place = jnp.where(is_row(index), jnp.where(classes[place] == index, place, DROPPED), index)
+    if _is_concrete(place):
+        missing = np.asarray(jax.device_get(index))[np.asarray(jax.device_get(place)) == DROPPED]
+        if missing.size:
+            raise ValueError(
+                f'labels name class {missing[0]}, which is not among classes: sample them by sample_classes with these '
+                'labels'
+            )
+    return place
 
 
 def check_not_traced(a: Any, name: str, function: str) -> None:
@@ -170,6 +203,13 @@ def check_alpha(alpha: Any) -> None:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
 
 
+def check_number(number: Any, name: str, *, positive: bool = False) -> None:
+    if not _is_real_number(number):
+        raise TypeError(f'{name} must be a number, got {number!r}')
+    if positive and not isinstance(number, Tracer) and not number > 0:
+        raise ValueError(f'{name} must be positive, got {number}')
+
+
 def alpha_at(alpha: Any, count: Array) -> Any:
     """Returns the alpha of a step, from the schedule where it is one."""
     if not callable(alpha):
@@ -196,16 +236,16 @@ def type_name(a: HostOrDevice) -> str:
     return f'{a.dtype.name}[{",".join(map(str, a.shape))}]'
 
 
-def _as_integers(labels: ArrayLike | Sequence) -> HostOrDevice:
+def as_integers(labels: ArrayLike | Sequence, name: str = 'labels') -> HostOrDevice:
     """Checks the dtype. NumPy and Python labels stay NumPy's, since JAX without x64 would fold them to 32 bits."""
     traced = isinstance(labels, (list, tuple)) and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(labels))
-    array = as_array(labels, 'labels', 'integers', jnp if traced or isinstance(labels, jax.Array) else np)
+    array = as_array(labels, name, 'integers', jnp if traced or isinstance(labels, jax.Array) else np)
     if isinstance(labels, list) and array.size == 0:
         array = array.astype(np.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         hint = 'cast them with labels.astype(int)' if array.ndim < 2 else 'for one-hot labels pass labels.argmax(-1)'
         hint = 'a mask is passed as where=' if array.dtype == bool else hint
-        raise TypeError(f'labels must be integers, got {type_name(array)}; {hint}')
+        raise TypeError(f'{name} must be integers, got {type_name(array)}; {hint}')
     return array
 
 
