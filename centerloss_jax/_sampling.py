@@ -15,8 +15,7 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
     """Draws classes for a softmax: every class of the batch, the rest at random among the others.
 
     The others are drawn uniformly without replacement. Time and memory grow with S log S + B log B, S the number of
-    sampled classes and B of labels, and not with the number of classes. Where S is nearly C the time is up to log C
-    times that.
+    sampled classes and B of labels, and not with the number of classes.
 
     A softmax over the sample is not corrected by the log of the probability that a class is drawn: the classes of the
     batch are always there, and the others are drawn rarely. Its loss is below the loss over all classes, and its
@@ -65,8 +64,13 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
 @partial(jax.jit, static_argnames=('num_classes', 'num_sampled'))
 def _sample(key: Array, index: Array, num_classes: int, num_sampled: int) -> Array:
     present, num_present = _distinct(jnp.where(is_row(index), index, DROPPED))
-    # The others are numbered from 0. Number k is class k + (how many present classes have fewer than k others below).
-    drawn = _draw(key, num_classes - num_present, num_sampled - num_present, num_sampled)
+    # The others are numbered from 0. Number k is class k + (how many present classes have at most k others below).
+    population, count = num_classes - num_present, num_sampled - num_present
+    if num_classes > 4 * num_sampled:
+        drawn = _draw(key, population, count, num_sampled)
+    else:  # draws would repeat too often
+        numbers = jax.random.permutation(key, num_classes).astype(jnp.int32)
+        drawn, _ = _keep_first(numbers, numbers < population, count, num_sampled)
     others_below = jnp.where(present == DROPPED, DROPPED, present - jnp.arange(present.size, dtype=jnp.int32))
     skipped = jnp.searchsorted(others_below, drawn, side='right').astype(jnp.int32)
     others = jnp.where(drawn == DROPPED, DROPPED, drawn + skipped)
@@ -76,7 +80,7 @@ def _sample(key: Array, index: Array, num_classes: int, num_sampled: int) -> Arr
 def _draw(key: Array, population: Array, count: Array, size: int) -> Array:
     """Returns `count` distinct integers below `population`, DROPPED in the rest of int32 `[size]`.
 
-    Draws with replacement and keeps what is new in the order of the draws, so that every set is as likely as another.
+    Draws with replacement until enough are distinct.
     """
 
     def missing(state):
@@ -89,12 +93,19 @@ def _draw(key: Array, population: Array, count: Array, size: int) -> Array:
         both = jnp.concatenate([drawn, more])
         order = jnp.argsort(both, stable=True)
         is_new = jnp.zeros(both.shape, bool).at[order].set(_is_first(both[order]))
-        kept = is_new & (jnp.cumsum(is_new, dtype=jnp.int32) <= count)
-        drawn = jnp.sort(jnp.where(kept, both, DROPPED))[:size]
-        return key, drawn, jnp.sum(kept, dtype=jnp.int32)
+        return key, *_keep_first(both, is_new, count, size)
 
     state = key, jnp.full(size, DROPPED, jnp.int32), jnp.int32(0)
     return jax.lax.while_loop(missing, draw_more, state)[1]
+
+
+def _keep_first(numbers: Array, usable: Array, count: Array, size: int) -> tuple[Array, Array]:
+    """Returns the first `count` usable numbers, in ascending order, and how many there are.
+
+    The first in the order of the draws, and not the least: every set is then as likely as another.
+    """
+    kept = usable & (jnp.cumsum(usable, dtype=jnp.int32) <= count)
+    return jnp.sort(jnp.where(kept, numbers, DROPPED))[:size], jnp.sum(kept, dtype=jnp.int32)
 
 
 def _distinct(index: Array) -> tuple[Array, Array]:
