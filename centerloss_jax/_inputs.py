@@ -92,6 +92,15 @@ def at_most(number: Any, limit: Any) -> bool:
     return isinstance(number, Integral) and isinstance(limit, Integral) and number <= limit
 
 
+def check_key(key: Any) -> None:
+    try:
+        shape = jax.random.key_data(key).shape[:-1]
+    except (TypeError, ValueError):
+        raise TypeError(f'key must be a key of jax.random, got {type(key).__name__}') from None
+    if shape:
+        raise TypeError(f'key must be a key of jax.random, got keys of shape {list(shape)}')
+
+
 def check_num_classes(num_classes: int) -> None:
     check_size(num_classes, 'num_classes')
     if at_most(DROPPED, num_classes):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from centerloss_jax._inputs import DROPPED, as_integers, check_num_classes, check_size, class_index, is_row
+from centerloss_jax._inputs import DROPPED, as_integers, check_key, check_num_classes, check_size, class_index, is_row
 
 
 def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: int, num_sampled: int) -> Array:
@@ -32,7 +32,7 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
       The classes, int32 `[S]`, distinct and in ascending order.
 
     Raises:
-      TypeError: if labels are not integers.
+      TypeError: if key is not one key, or labels are not integers.
       ValueError: if num_sampled could not hold the classes of every batch, or is more than C, or a label whose value is
         known is C or more.
 
@@ -48,14 +48,15 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
       An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial
       FC", CVPR 2022.
     """
+    check_key(key)
     check_num_classes(num_classes)
     check_size(num_sampled, 'num_sampled')
     labels = as_integers(labels)
     fewest = min(labels.size, num_classes)
     if not fewest <= num_sampled <= num_classes:
         raise ValueError(
-            f'num_sampled must be {fewest} to {num_classes}, got {num_sampled}: the sample holds every class of the '
-            f'batch, which {labels.size} labels may name, out of {num_classes} classes'
+            f'num_sampled must be from {fewest} to {num_classes}, got {num_sampled}: the sample holds the classes of '
+            f'{labels.size} labels, out of {num_classes} classes'
         )
     index = class_index(labels, None, num_classes, labels.shape)
     return _sample(key, index.reshape(-1), int(num_classes), int(num_sampled))

@@ -5,6 +5,7 @@ the logits of all other classes. Only `own` has a margin, and it is taken from t
 over blocks of classes. Classes spread over devices would be a log-sum-exp of the `others` of the devices.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from centerloss_jax._inputs import (
@@ -106,8 +108,8 @@ def class_softmax_and_rows(
       labels: classes `[...]`, integers below C. See `class_softmax`.
       where: bool, labels.shape; False ignores an example.
       classes: integers `[S]`, distinct and in ascending order, as `sample_classes` returns them. A label that is not
-        among them is treated as one of C or more: an error where its value is known, else a NaN loss and a gradient of
-        0. None takes all classes.
+        among them is an error outside of `jax.jit`; inside, the loss is NaN and the gradient of that example 0. None
+        takes all classes.
       weight: a number that multiplies the loss and the rows.
       block_size: classes that are taken at a time.
 
@@ -348,6 +350,8 @@ def distance_softmax_and_rows(
 def _cosine(scale: Any, angular_margin: Any, additive_margin: Any, straight_through: bool) -> Cosine:
     check_number(scale, 'scale', positive=True)
     check_number(angular_margin, 'angular_margin')
+    if not isinstance(angular_margin, Tracer) and not 0 <= angular_margin <= math.pi:
+        raise ValueError(f'angular_margin must be from 0 to pi, got {angular_margin}')
     check_number(additive_margin, 'additive_margin')
     return (StraightThroughCosine if straight_through else Cosine)(scale, angular_margin, additive_margin)
 
@@ -380,7 +384,8 @@ def _loss_and_rows(
         classes, rows = jnp.arange(table.shape[0], dtype=jnp.int32), table
     else:
         classes = check_classes(classes, table.shape[0])
-        rows, index = take_rows(table, classes), place_in_sample(index, classes)
+        rows = take_rows(table, jnp.clip(classes, 0, table.shape[0] - 1))
+        index = place_in_sample(index, classes)
     loss, gradient = _loss_and_gradient(x, rows, index, form, weight, center_weight, int(block_size))
     return loss, RowUpdates(classes, gradient, kind='gradient')
 
@@ -427,4 +432,4 @@ def _loss_and_gradient(
         x, (form, weight, center_weight) = others
         return weight * _mean_loss(x, rows, index, form, center_weight, block_size)
 
-    return loss_and_gradient(weighted, rows.astype(dtype), (x, numbers), index)
+    return loss_and_gradient(weighted, rows.astype(dtype), (x.astype(dtype), numbers), index)

@@ -125,7 +125,7 @@ def test_a_sample_of_as_many_classes_as_the_batch_has_is_those():
 
 @pytest.mark.parametrize('num_sampled', [3, 101])
 def test_a_sample_that_cannot_hold_the_batch_is_an_error_when_traced(num_sampled):
-    with pytest.raises(ValueError, match=rf'num_sampled must be 4 to 100, got {num_sampled}'):
+    with pytest.raises(ValueError, match=rf'num_sampled must be from 4 to 100, got {num_sampled}'):
         jax.eval_shape(lambda key: clj.sample_classes(key, np.arange(4), 100, num_sampled), jax.random.key(0))
 
 
