@@ -15,14 +15,8 @@ from centerloss_jax._nearest import nearest_center
 from centerloss_jax._optimizer import with_centers
 from centerloss_jax._rows import RowUpdates, concatenate_rows
 from centerloss_jax._sampling import sample_classes
-from centerloss_jax._softmax import (
-    class_softmax,
-    class_softmax_and_rows,
-    distance_softmax,
-    distance_softmax_and_rows,
-    margin_softmax,
-    margin_softmax_and_rows,
-)
+from centerloss_jax._softmax import class_softmax, distance_softmax, margin_softmax
+from centerloss_jax._softmax_rows import class_softmax_and_rows, distance_softmax_and_rows, margin_softmax_and_rows
 from centerloss_jax._statistics import ClassStatistics, class_statistics
 from centerloss_jax._tables import check_replicas, shard_centers, unshard_centers
 from centerloss_jax._update import CenterUpdateState, center_update

@@ -72,7 +72,7 @@ def class_index(
         where = _check_where(where, shape)
         xp = np if isinstance(index, np.ndarray) and isinstance(where, np.ndarray) else jnp
         index = xp.where(where, index, np.int32(IGNORED))
-    if _is_concrete(index):
+    if is_concrete(index):
         _raise_on_mistakes(labels, np.asarray(jax.device_get(index)) == DROPPED, num_classes)
     return jnp.asarray(index)
 
@@ -122,7 +122,7 @@ def check_classes(classes: ArrayLike | Sequence, num_classes: int) -> Array:
     if classes.ndim != 1 or classes.size == 0:
         raise ValueError(f'classes must have shape [S] with S at least 1, got {list(classes.shape)}')
     index = row_index(classes, num_classes)
-    if _is_concrete(index):
+    if is_concrete(index):
         known = np.asarray(jax.device_get(index))
         if not ((known >= 0) & (known < num_classes)).all() or not (np.diff(known) > 0).all():
             raise ValueError(
@@ -130,23 +130,6 @@ def check_classes(classes: ArrayLike | Sequence, num_classes: int) -> Array:
                 'returns them'
             )
     return jnp.asarray(index)
-
-
-def place_in_sample(index: Array, classes: Array) -> Array:
-    """Returns the place of each class among sorted classes: DROPPED where it is not there, IGNORED as it is.
-
-    A class that is not there is an error where all values are known.
-    """
-    place = jnp.clip(jnp.searchsorted(classes, index), 0, classes.size - 1).astype(jnp.int32)
-    place = jnp.where(is_row(index), jnp.where(classes[place] == index, place, DROPPED), index)
-    if _is_concrete(place):
-        missing = np.asarray(jax.device_get(index))[np.asarray(jax.device_get(place)) == DROPPED]
-        if missing.size:
-            raise ValueError(
-                f'labels name class {missing[0]}, which is not among classes: sample them by sample_classes with these '
-                'labels'
-            )
-    return place
 
 
 def check_not_traced(a: Any, name: str, function: str) -> None:
@@ -319,7 +302,7 @@ def _is_real_number(a: Any) -> bool:
     return isinstance(a, numbers) and np.ndim(a) == 0 and np.isrealobj(a)
 
 
-def _is_concrete(a: HostOrDevice) -> bool:
+def is_concrete(a: HostOrDevice) -> bool:
     """Returns whether this process can read the values of `a`."""
     if isinstance(a, Tracer):
         return False

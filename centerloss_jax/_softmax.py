@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 
 from centerloss_jax._inputs import (
     IGNORED,
-    check_classes,
     check_features,
     check_number,
     check_size,
@@ -26,12 +25,9 @@ from centerloss_jax._inputs import (
     class_index,
     compute_dtype,
     is_row,
-    place_in_sample,
 )
-from centerloss_jax._kernels import log_sum_exp_of_others, loss_and_gradient
+from centerloss_jax._kernels import log_sum_exp_of_others
 from centerloss_jax._logits import Cosine, InnerProduct, SquaredDistance, StraightThroughCosine
-from centerloss_jax._loss import center_loss
-from centerloss_jax._rows import RowUpdates
 from centerloss_jax._sharding import flatten, take_rows
 
 
@@ -49,7 +45,8 @@ def class_softmax(
 
     It equals the cross-entropy of the logits `x @ table.T`, without the `[B, C]` array: classes are taken in blocks,
     and a gradient computes their logits again. Memory is O(B * block_size + C * D). float16 and bfloat16 inputs are
-    computed in float32. A bias is a column of the table, with a 1 appended to x.
+    computed in float32. A bias is a column of the table, with a 1 appended to x. On accelerators the products have the
+    precision of `jax.default_matmul_precision`, as `x @ table.T` has.
 
     An example is ignored if its label is negative or `where` is False. It enters neither the value nor the denominator
     of the mean nor any gradient, whatever it holds. If every example is ignored the loss is 0.
@@ -83,57 +80,6 @@ def class_softmax(
       Wen et al., ECCV 2016, Eq. 1, without its bias and as a mean.
     """
     return _loss(InnerProduct(), x, table, labels, where, block_size)
-
-
-def class_softmax_and_rows(
-    x: ArrayLike,
-    table: ArrayLike,
-    labels: ArrayLike | Sequence,
-    *,
-    where: ArrayLike | None = None,
-    classes: ArrayLike | Sequence | None = None,
-    weight: ArrayLike = 1.0,
-    block_size: int = 1024,
-) -> tuple[Array, RowUpdates]:
-    """Returns `class_softmax` and its gradient for the rows of the table, for a training step.
-
-    With `classes` the softmax is over these classes alone. Time and memory then grow with their number, and not with
-    the number of classes in the table.
-
-    The rows carry no gradient, so a factor on the returned loss does not reach them. Pass it as `weight`.
-
-    Args:
-      x: features `[..., D]`, floating point. See `class_softmax`.
-      table: one row for each class `[C, D]`, floating point. See `class_softmax`.
-      labels: classes `[...]`, integers below C. See `class_softmax`.
-      where: bool, labels.shape; False ignores an example.
-      classes: integers `[S]`, distinct and in ascending order, as `sample_classes` returns them. A label that is not
-        among them is an error outside of `jax.jit`; inside, the loss is NaN and the gradient of that example 0. None
-        takes all classes.
-      weight: a number that multiplies the loss and the rows.
-      block_size: classes that are taken at a time.
-
-    Returns:
-      `(loss, rows)`: a scalar, and RowUpdates of the kind 'gradient' with one row for each of `classes`, or of all
-      classes: indices int32 `[S]`, values `[S, D]` in float32 or wider.
-
-    Raises:
-      TypeError: for a wrong dtype. See `class_softmax`.
-      ValueError: if shapes do not fit, a label whose value is known is C or more or not among the classes, or classes
-        are not distinct, in ascending order and from 0 to C - 1.
-
-    Example:
-      >>> import centerloss_jax as clj
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> table = jnp.zeros((1000, 2))
-      >>> def loss_fn(x):
-      ...     return clj.class_softmax_and_rows(x, table, jnp.array([7]), classes=jnp.array([7, 500]))
-      >>> (loss, rows), grad = jax.value_and_grad(loss_fn, has_aux=True)(jnp.array([[2.0, 4.0]]))
-      >>> rows.indices.tolist(), rows.values.tolist()
-      ([7, 500], [[-1.0, -2.0], [1.0, 2.0]])
-    """
-    return _loss_and_rows(InnerProduct(), x, table, labels, where, classes, weight, None, block_size)
 
 
 def margin_softmax(
@@ -194,56 +140,8 @@ def margin_softmax(
       Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, Eq. 3. The form beyond
       pi is not in the paper; earlier code of insightface has it.
     """
-    form = _cosine(scale, angular_margin, additive_margin, straight_through)
+    form = cosine_form(scale, angular_margin, additive_margin, straight_through)
     return _loss(form, x, table, labels, where, block_size)
-
-
-def margin_softmax_and_rows(
-    x: ArrayLike,
-    table: ArrayLike,
-    labels: ArrayLike | Sequence,
-    *,
-    scale: ArrayLike = 64.0,
-    angular_margin: ArrayLike = 0.0,
-    additive_margin: ArrayLike = 0.4,
-    straight_through: bool = False,
-    where: ArrayLike | None = None,
-    classes: ArrayLike | Sequence | None = None,
-    weight: ArrayLike = 1.0,
-    block_size: int = 1024,
-) -> tuple[Array, RowUpdates]:
-    """Returns `margin_softmax` and its gradient for the rows of the table, for a training step.
-
-    Args:
-      x: features `[..., D]`, floating point. See `class_softmax`.
-      table: one row for each class `[C, D]`, floating point. See `class_softmax`.
-      labels: classes `[...]`, integers below C. See `class_softmax`.
-      scale: the factor of the cosines. See `margin_softmax`.
-      angular_margin: added to the angle of the example's class. See `margin_softmax`.
-      additive_margin: subtracted from its cosine. See `margin_softmax`.
-      straight_through: leaves the margins out of the gradient. See `margin_softmax`.
-      where: bool, labels.shape; False ignores an example.
-      classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
-      weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
-      block_size: classes that are taken at a time.
-
-    Returns:
-      `(loss, rows)`. See `class_softmax_and_rows`.
-
-    Raises:
-      TypeError: for a wrong dtype, or if a number is none. See `margin_softmax`.
-      ValueError: for a wrong shape, label, class or number. See `margin_softmax` and `class_softmax_and_rows`.
-
-    Example:
-      >>> import centerloss_jax as clj
-      >>> import jax.numpy as jnp
-      >>> x, table = jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0], [2.0, 0.0]])
-      >>> loss, rows = clj.margin_softmax_and_rows(x, table, jnp.array([0]), scale=10.0, weight=0.5)
-      >>> round(loss.item(), 4), rows.indices.tolist()
-      (1.0635, [0, 1])
-    """
-    form = _cosine(scale, angular_margin, additive_margin, straight_through)
-    return _loss_and_rows(form, x, table, labels, where, classes, weight, None, block_size)
 
 
 def distance_softmax(
@@ -294,60 +192,10 @@ def distance_softmax(
       Wan, Zhong, Li and Chen, "Rethinking Feature Distribution for Loss Functions in Image Classification", CVPR 2018
       (L-GM).
     """
-    return _loss(_squared_distance(temperature, margin), x, table, labels, where, block_size)
+    return _loss(distance_form(temperature, margin), x, table, labels, where, block_size)
 
 
-def distance_softmax_and_rows(
-    x: ArrayLike,
-    table: ArrayLike,
-    labels: ArrayLike | Sequence,
-    *,
-    temperature: ArrayLike = 1.0,
-    margin: ArrayLike = 0.0,
-    center_weight: ArrayLike = 0.0,
-    where: ArrayLike | None = None,
-    classes: ArrayLike | Sequence | None = None,
-    weight: ArrayLike = 1.0,
-    block_size: int = 1024,
-) -> tuple[Array, RowUpdates]:
-    """Returns `distance_softmax` with a center loss, and their gradient for the rows of the table, for a training step.
-
-    One table does both jobs: its rows classify, and the center loss pulls features and rows of a class together. The
-    rows move by this gradient alone, and not by Eq. 4 of the center loss.
-
-    Args:
-      x: features `[..., D]`, floating point. See `class_softmax`.
-      table: one center for each class `[C, D]`, floating point. See `class_softmax`.
-      labels: classes `[...]`, integers below C. See `class_softmax`.
-      temperature: divides the squared distances. See `distance_softmax`.
-      margin: relative to the distance of the example's class. See `distance_softmax`.
-      center_weight: the factor of `center_loss`, which is added to the loss. Its gradient is added to the rows.
-      where: bool, labels.shape; False ignores an example.
-      classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
-      weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
-      block_size: classes that are taken at a time.
-
-    Returns:
-      `(loss, rows)`. See `class_softmax_and_rows`.
-
-    Raises:
-      TypeError: for a wrong dtype, or if a number is none. See `distance_softmax`.
-      ValueError: for a wrong shape, label, class or number. See `distance_softmax` and `class_softmax_and_rows`.
-
-    Example:
-      >>> import centerloss_jax as clj
-      >>> import jax.numpy as jnp
-      >>> x, centers = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 1.0], [3.0, 2.0]])
-      >>> loss, rows = clj.distance_softmax_and_rows(x, centers, jnp.array([0]), center_weight=0.1)
-      >>> round(loss.item(), 4), rows.indices.tolist()
-      (0.1486, [0, 1])
-    """
-    check_number(center_weight, 'center_weight')
-    form = _squared_distance(temperature, margin)
-    return _loss_and_rows(form, x, table, labels, where, classes, weight, center_weight, block_size)
-
-
-def _cosine(scale: Any, angular_margin: Any, additive_margin: Any, straight_through: bool) -> Cosine:
+def cosine_form(scale: Any, angular_margin: Any, additive_margin: Any, straight_through: bool) -> Cosine:
     check_number(scale, 'scale', positive=True)
     check_number(angular_margin, 'angular_margin')
     if not isinstance(angular_margin, Tracer) and not 0 <= angular_margin <= math.pi:
@@ -356,41 +204,18 @@ def _cosine(scale: Any, angular_margin: Any, additive_margin: Any, straight_thro
     return (StraightThroughCosine if straight_through else Cosine)(scale, angular_margin, additive_margin)
 
 
-def _squared_distance(temperature: Any, margin: Any) -> SquaredDistance:
+def distance_form(temperature: Any, margin: Any) -> SquaredDistance:
     check_number(temperature, 'temperature', positive=True)
     check_number(margin, 'margin')
     return SquaredDistance(temperature, margin)
 
 
 def _loss(form: Any, x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> Array:
-    x, table, index = _check(x, table, labels, where, block_size)
-    return _mean_loss(x, table, index, form, None, int(block_size))
+    x, table, index = check_arrays(x, table, labels, where, block_size)
+    return mean_loss(x, table, index, form, int(block_size))
 
 
-def _loss_and_rows(
-    form: Any,
-    x: Any,
-    table: Any,
-    labels: Any,
-    where: Any,
-    classes: Any,
-    weight: Any,
-    center_weight: Any,
-    block_size: Any,
-) -> tuple[Array, RowUpdates]:
-    check_number(weight, 'weight')
-    x, table, index = _check(x, table, labels, where, block_size)
-    if classes is None:
-        classes, rows = jnp.arange(table.shape[0], dtype=jnp.int32), table
-    else:
-        classes = check_classes(classes, table.shape[0])
-        rows = take_rows(table, jnp.clip(classes, 0, table.shape[0] - 1))
-        index = place_in_sample(index, classes)
-    loss, gradient = _loss_and_gradient(x, rows, index, form, weight, center_weight, int(block_size))
-    return loss, RowUpdates(classes, gradient, kind='gradient')
-
-
-def _check(x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> tuple[Array, Array, Array]:
+def check_arrays(x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> tuple[Array, Array, Array]:
     """Returns x `[B, D]`, the table, and the row of each label `[B]`, IGNORED or DROPPED."""
     table = check_table(table, 'table')
     x = check_features(x, table.shape[1])
@@ -400,8 +225,8 @@ def _check(x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> tupl
 
 
 @partial(jax.jit, static_argnames='block_size')
-def _mean_loss(x: Array, rows: Array, index: Array, form: Any, center_weight: Any, block_size: int) -> Array:
-    """Returns the mean cross-entropy, and center_weight times the center loss where it is not None."""
+def mean_loss(x: Array, rows: Array, index: Array, form: Any, block_size: int) -> Array:
+    """Returns the mean cross-entropy. The index of an example is a row, IGNORED or DROPPED."""
     dtype = compute_dtype(x.dtype, rows.dtype)
     form = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), form)
     counted, valid = index != IGNORED, is_row(index)
@@ -414,22 +239,4 @@ def _mean_loss(x: Array, rows: Array, index: Array, form: Any, center_weight: An
 
     per_example = jnp.where(counted & ~valid, jnp.nan, cross_entropy)
     count = jnp.maximum(jnp.sum(counted, dtype=jnp.int32), 1).astype(dtype)
-    loss = jnp.sum(per_example) / count
-    if center_weight is None:
-        return loss
-    return loss + jnp.asarray(center_weight).astype(dtype) * center_loss(x, rows, index)
-
-
-@partial(jax.jit, static_argnames='block_size')
-def _loss_and_gradient(
-    x: Array, rows: Array, index: Array, form: Any, weight: Any, center_weight: Any, block_size: int
-) -> tuple[Array, Array]:
-    """Returns weight times the loss, and its gradient for the rows."""
-    dtype = compute_dtype(x.dtype, rows.dtype)
-    numbers = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), (form, weight, center_weight))
-
-    def weighted(rows, others, index):
-        x, (form, weight, center_weight) = others
-        return weight * _mean_loss(x, rows, index, form, center_weight, block_size)
-
-    return loss_and_gradient(weighted, rows.astype(dtype), (x.astype(dtype), numbers), index)
+    return jnp.sum(per_example) / count
