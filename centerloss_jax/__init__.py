@@ -14,6 +14,9 @@ from centerloss_jax._loss import center_loss, center_loss_and_rows, center_rows
 from centerloss_jax._nearest import nearest_center
 from centerloss_jax._optimizer import with_centers
 from centerloss_jax._rows import RowUpdates, concatenate_rows
+from centerloss_jax._sampling import sample_classes
+from centerloss_jax._softmax import class_softmax, distance_softmax, margin_softmax
+from centerloss_jax._softmax_rows import class_softmax_and_rows, distance_softmax_and_rows, margin_softmax_and_rows
 from centerloss_jax._statistics import ClassStatistics, class_statistics
 from centerloss_jax._tables import check_replicas, shard_centers, unshard_centers
 from centerloss_jax._update import CenterUpdateState, center_update
@@ -30,11 +33,18 @@ __all__ = [
     'center_update',
     'check_labels',
     'check_replicas',
+    'class_softmax',
+    'class_softmax_and_rows',
     'class_statistics',
     'concatenate_rows',
+    'distance_softmax',
+    'distance_softmax_and_rows',
     'linen',
+    'margin_softmax',
+    'margin_softmax_and_rows',
     'nearest_center',
     'nnx',
+    'sample_classes',
     'shard_centers',
     'unshard_centers',
     'with_centers',

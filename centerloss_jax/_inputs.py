@@ -49,7 +49,7 @@ def check_labels(labels: ArrayLike | Sequence, num_classes: int) -> None:
       ValueError: labels[2] is 3, but there are 3 classes: valid labels are 0 to 2; negative ones leave an example out
     """
     check_num_classes(num_classes)
-    labels = _as_integers(labels)
+    labels = as_integers(labels)
     check_not_traced(labels, 'labels', 'check_labels')
     labels = np.asarray(jax.device_get(labels))
     _raise_on_mistakes(labels, np.asarray(row_index(labels, num_classes)) == DROPPED, num_classes)
@@ -62,7 +62,7 @@ def class_index(
 
     A label >= C is an error where its value is known; a traced label has none.
     """
-    labels = _as_integers(labels)
+    labels = as_integers(labels)
     if labels.shape != shape:
         one_hot = labels.shape == (*shape, num_classes)
         hint = '; for one-hot labels pass labels.argmax(-1)' if one_hot else ''
@@ -72,7 +72,7 @@ def class_index(
         where = _check_where(where, shape)
         xp = np if isinstance(index, np.ndarray) and isinstance(where, np.ndarray) else jnp
         index = xp.where(where, index, np.int32(IGNORED))
-    if _is_concrete(index):
+    if is_concrete(index):
         _raise_on_mistakes(labels, np.asarray(jax.device_get(index)) == DROPPED, num_classes)
     return jnp.asarray(index)
 
@@ -92,6 +92,15 @@ def at_most(number: Any, limit: Any) -> bool:
     return isinstance(number, Integral) and isinstance(limit, Integral) and number <= limit
 
 
+def check_key(key: Any) -> None:
+    try:
+        shape = jax.random.key_data(key).shape[:-1]
+    except (TypeError, ValueError):
+        raise TypeError(f'key must be a key of jax.random, got {type(key).__name__}') from None
+    if shape:
+        raise TypeError(f'key must be a key of jax.random, got keys of shape {list(shape)}')
+
+
 def check_num_classes(num_classes: int) -> None:
     check_size(num_classes, 'num_classes')
     if at_most(DROPPED, num_classes):
@@ -105,6 +114,22 @@ def check_size(size: Any, name: str) -> None:
         positive = False
     if not positive:
         raise ValueError(f'{name} must be an integer of at least 1, got {size!r}')
+
+
+def check_classes(classes: ArrayLike | Sequence, num_classes: int) -> Array:
+    """Returns the classes of a sample, int32 `[S]`; their order and their range are checked where values are known."""
+    classes = as_integers(classes, 'classes')
+    if classes.ndim != 1 or classes.size == 0:
+        raise ValueError(f'classes must have shape [S] with S at least 1, got {list(classes.shape)}')
+    index = row_index(classes, num_classes)
+    if is_concrete(index):
+        known = np.asarray(jax.device_get(index))
+        if not ((known >= 0) & (known < num_classes)).all() or not (np.diff(known) > 0).all():
+            raise ValueError(
+                f'classes must be distinct, in ascending order and from 0 to {num_classes - 1}, as sample_classes '
+                'returns them'
+            )
+    return jnp.asarray(index)
 
 
 def check_not_traced(a: Any, name: str, function: str) -> None:
@@ -170,6 +195,13 @@ def check_alpha(alpha: Any) -> None:
         raise ValueError(f'alpha must be in [0, 1] or an optax schedule, got {alpha}')
 
 
+def check_number(number: Any, name: str, *, positive: bool = False) -> None:
+    if not _is_real_number(number):
+        raise TypeError(f'{name} must be a number, got {number!r}')
+    if positive and not isinstance(number, Tracer) and not number > 0:
+        raise ValueError(f'{name} must be positive, got {number}')
+
+
 def alpha_at(alpha: Any, count: Array) -> Any:
     """Returns the alpha of a step, from the schedule where it is one."""
     if not callable(alpha):
@@ -196,16 +228,16 @@ def type_name(a: HostOrDevice) -> str:
     return f'{a.dtype.name}[{",".join(map(str, a.shape))}]'
 
 
-def _as_integers(labels: ArrayLike | Sequence) -> HostOrDevice:
+def as_integers(labels: ArrayLike | Sequence, name: str = 'labels') -> HostOrDevice:
     """Checks the dtype. NumPy and Python labels stay NumPy's, since JAX without x64 would fold them to 32 bits."""
     traced = isinstance(labels, (list, tuple)) and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(labels))
-    array = as_array(labels, 'labels', 'integers', jnp if traced or isinstance(labels, jax.Array) else np)
+    array = as_array(labels, name, 'integers', jnp if traced or isinstance(labels, jax.Array) else np)
     if isinstance(labels, list) and array.size == 0:
         array = array.astype(np.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         hint = 'cast them with labels.astype(int)' if array.ndim < 2 else 'for one-hot labels pass labels.argmax(-1)'
         hint = 'a mask is passed as where=' if array.dtype == bool else hint
-        raise TypeError(f'labels must be integers, got {type_name(array)}; {hint}')
+        raise TypeError(f'{name} must be integers, got {type_name(array)}; {hint}')
     return array
 
 
@@ -270,7 +302,7 @@ def _is_real_number(a: Any) -> bool:
     return isinstance(a, numbers) and np.ndim(a) == 0 and np.isrealobj(a)
 
 
-def _is_concrete(a: HostOrDevice) -> bool:
+def is_concrete(a: HostOrDevice) -> bool:
     """Returns whether this process can read the values of `a`."""
     if isinstance(a, Tracer):
         return False

@@ -111,9 +111,9 @@ def center_rows(
       weights: real numbers, labels.shape or x.shape, that multiply the rows. They do not enter n_j of Eq. 4.
 
     Returns:
-      RowUpdates of N rows, N the number of labels: indices int32 `[N]`, values `[N, D]` in float32 or wider. An ignored
-      example has the index -1. Inside `jax.jit` a label of C or more has the largest int32 as its index, and
-      `center_update` counts it as dropped.
+      RowUpdates of N rows of the kind 'centers', N the number of labels: indices int32 `[N]`, values `[N, D]` in
+      float32 or wider. An ignored example has the index -1. Inside `jax.jit` a label of C or more has the largest int32
+      as its index, and `center_update` counts it as dropped.
 
     Raises:
       TypeError: for a wrong dtype. See `center_loss`.
@@ -237,4 +237,5 @@ def _mark_padding(centers: Array, index: Array) -> Array:
 def _as_rows(index: Array, difference: Array, scale: Array) -> RowUpdates:
     """Returns rows of scale * difference, which carry no gradient."""
     values = flatten(jax.lax.stop_gradient(difference), index.ndim)
-    return RowUpdates(flatten(index, index.ndim), values, _scale=jnp.broadcast_to(scale, values.shape[:1]))
+    scale = jnp.broadcast_to(scale, values.shape[:1])
+    return RowUpdates(flatten(index, index.ndim), values, kind='centers', _scale=scale)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ FLOAT_GUARD = np.array([[-700_000_064.0, 3.0000002]], np.float32)
 
 LEAVES = 'indices', '_values', '_scale', '_guard', '_float_guard'
 
+Kind = Literal['centers', 'gradient'] | None
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(eq=False, init=False)
@@ -48,14 +50,20 @@ class RowUpdates:
     several passes by `concatenate_rows`. A `jax.lax.pmean` of the floating leaves alone is not detected, since it
     leaves constants as they are.
 
+    The kind of rows says what moves their table, so that no transform takes the rows of another: `center_update` takes
+    'centers', the differences c - x of `center_rows`, and refuses 'gradient', the gradient of a loss for the rows of
+    its table. Each takes rows without a kind. The kind is static, and updates keep the kind of their rows.
+
     Rows that `jax.vmap`, `jax.lax.scan` or `jax.pmap` has stacked have leading axes: indices `[..., N]` and values
     `[..., N, D]`. `concatenate_rows` joins them into rows that can be added to a table.
 
     Attributes:
       indices: integers `[N]`, rows of the table.
       values: floating point `[N, D]`, what is added to them.
+      kind: 'centers', 'gradient', or None for rows that any transform takes.
 
     Raises:
+      ValueError: if kind is another.
       TypeError: from `table + rows`, if the indices are no longer integers, or the values not floating point.
       ValueError: from `table + rows`, if the shapes do not fit the table.
 
@@ -72,16 +80,21 @@ class RowUpdates:
     _scale: ArrayLike | None  # [N], or None for ones
     _guard: ArrayLike  # GUARD
     _float_guard: ArrayLike  # FLOAT_GUARD
+    kind: Kind
 
     def __init__(
         self,
         indices: ArrayLike,
         values: ArrayLike,
         *,
+        kind: Kind = None,
         _scale: ArrayLike | None = None,
         _guard: ArrayLike = GUARD,
         _float_guard: ArrayLike = FLOAT_GUARD,
     ):
+        if kind not in ('centers', 'gradient', None):
+            raise ValueError(f"kind must be 'centers', 'gradient' or None, got {kind!r}")
+        self.kind = kind
         self.indices, self._values, self._scale = indices, values, _scale
         self._guard, self._float_guard = _guard, _float_guard
 
@@ -91,13 +104,13 @@ class RowUpdates:
 
     def tree_flatten_with_keys(self):
         """Lists the leaves with their names. @private"""
-        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES], None
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES], self.kind
 
     @classmethod
-    def tree_unflatten(cls, _, leaves):
+    def tree_unflatten(cls, kind, leaves):
         """Restores rows from their leaves. @private"""
         indices, values, *others = leaves
-        return cls(indices, values, **dict(zip(LEAVES[2:], others, strict=True)))
+        return cls(indices, values, kind=kind, **dict(zip(LEAVES[2:], others, strict=True)))
 
     if TYPE_CHECKING:
         # optax's type of a tree has arrays, iterables and mappings, and no pytree node of another class.
@@ -124,8 +137,8 @@ class RowUpdates:
 export.register_pytree_node_serialization(
     RowUpdates,
     serialized_name='centerloss_jax.RowUpdates',
-    serialize_auxdata=lambda _: b'',
-    deserialize_auxdata=lambda _: None,
+    serialize_auxdata=lambda kind: (kind or '').encode(),
+    deserialize_auxdata=lambda kind: kind.decode() or None,
 )
 
 
@@ -139,10 +152,11 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
       *rows: RowUpdates of `[..., N_k, D]` with one D.
 
     Returns:
-      RowUpdates of all rows in order, indices `[N]` and values `[N, D]`.
+      RowUpdates of all rows in order, indices `[N]` and values `[N, D]`. Their kind is that of the arguments that have
+      one.
 
     Raises:
-      TypeError: if an argument is not RowUpdates, or its rows were scaled or averaged.
+      TypeError: if an argument is not RowUpdates, its rows were scaled or averaged, or two have different kinds.
       ValueError: if there are none, or D differs.
 
     Example:
@@ -158,9 +172,15 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     widths = sorted({values.shape[-1] for _, values, _ in parts})
     if len(widths) > 1:
         raise ValueError(f'rows must belong to one table, got values of {widths} features')
+    kinds: set[Kind] = {part.kind for part in rows if part.kind is not None}
+    if len(kinds) > 1:
+        raise TypeError(
+            "rows must be of one kind, got 'centers' and 'gradient': join the rows of each table by themselves"
+        )
     parts = [(index.reshape(-1), values.reshape(-1, widths[0]), scale.reshape(-1)) for index, values, scale in parts]
     index, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return RowUpdates(index, values, _scale=None if all(part._scale is None for part in rows) else scale)
+    scale = None if all(part._scale is None for part in rows) else scale
+    return RowUpdates(index, values, kind=kinds.pop() if kinds else None, _scale=scale)
 
 
 def resolve_for_scatter(rows: RowUpdates, table: Array | None) -> tuple[Array, Array, Array]:

@@ -82,7 +82,7 @@ def center_update(
     Raises:
       ValueError: if alpha is a number outside [0, 1].
       TypeError: if alpha is no number and no schedule, or mesh no mesh; from `update`, if a schedule returns no number,
-        if it is given anything but RowUpdates, or rows that were averaged or scaled.
+        if it is given anything but RowUpdates, rows of a gradient, or rows that were averaged or scaled.
       NameError: from `update`, if axis_name is not an axis that surrounds the call.
 
     Example:
@@ -147,9 +147,9 @@ def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName
 
     if at_most(num_classes, index.size):
         unique, sums = class_sums(scatter_index, values, scale, num_classes)
-        return RowUpdates(unique, sums), dropped, jnp.sum(jnp.square(sums))
+        return RowUpdates(unique, sums, kind=rows.kind), dropped, jnp.sum(jnp.square(sums))
     squared_norm = squared_norm_of_sums(scatter_index, values, scale, jnp.square(factor) * norms, num_classes)
-    return RowUpdates(index, values, _scale=scale), dropped, squared_norm
+    return RowUpdates(index, values, kind=rows.kind, _scale=scale), dropped, squared_norm
 
 
 def _in_box(box: Any, rows: RowUpdates) -> Any:
@@ -164,4 +164,9 @@ def _check_rows(leaves: list[Any]) -> None:
                 'center_update takes RowUpdates in the place of a gradient for the centers: pass the rows that '
                 f'center_loss_and_rows, center_rows or CenterLoss return, got {got}. Transforms that accumulate or '
                 'average, such as optax.MultiSteps, go inside with_centers'
+            )
+        if leaf.kind == 'gradient':
+            raise TypeError(
+                "center_update moves centers by the rows of a center loss, got rows of the kind 'gradient': move their "
+                'table by by_rows(optimizer)'
             )

@@ -130,6 +130,12 @@ COPIES = {
 }
 
 
+@pytest.mark.parametrize('kind', ['centers', 'gradient', None])
+@pytest.mark.parametrize('copy', COPIES.values(), ids=COPIES.keys())
+def test_copied_rows_are_of_the_same_kind(copy, kind, tmp_path):
+    assert copy(clj.RowUpdates(LABELS[0], X[0], kind=kind), tmp_path).kind == kind
+
+
 @pytest.mark.parametrize('copy', COPIES.values(), ids=COPIES.keys())
 def test_copied_rows_move_centers_as_the_rows_do(copy, tmp_path):
     rows = batch_rows(0)
@@ -372,6 +378,16 @@ class TestConcatenateRows:
         joined = clj.concatenate_rows(make_rows(4, 0), summed)
         _, state = jax.jit(move)(TABLE, joined)
         assert state.dropped == 3
+
+    @pytest.mark.parametrize('kind', ['centers', 'gradient', None])
+    def test_keeps_the_kind_of_the_parts_that_have_one(self, kind):
+        part = clj.RowUpdates(LABELS[0], X[0], kind=kind)
+        for parts in [(part,), (part, part), (make_rows(4), part), (part, make_rows(4))]:
+            assert clj.concatenate_rows(*parts).kind == kind
+
+    def test_parts_of_two_kinds_are_an_error(self):
+        with pytest.raises(TypeError, match=r"'centers' and 'gradient'.*by themselves"):
+            clj.concatenate_rows(batch_rows(0), clj.RowUpdates(LABELS[0], X[0], kind='gradient'))
 
     def test_parts_of_other_widths_are_an_error(self):
         with pytest.raises(ValueError, match=r'3.*5|5.*3'):

@@ -11,6 +11,8 @@ the move of the centers share one array. `index` int32 `[N]` is a row of the tab
 """
 
 from centerloss_jax._kernels.groups import class_sizes, sum_in_parts
+from centerloss_jax._kernels.log_sum_exp import log_sum_exp_of_others
+from centerloss_jax._kernels.loss_and_gradient import loss_and_gradient
 from centerloss_jax._kernels.mean_square import mean_square, squared_norms
 from centerloss_jax._kernels.sums import add_class_sums, class_sums, squared_norm_of_sums, unique_sums
 
@@ -18,6 +20,8 @@ __all__ = [
     'add_class_sums',
     'class_sizes',
     'class_sums',
+    'log_sum_exp_of_others',
+    'loss_and_gradient',
     'mean_square',
     'squared_norm_of_sums',
     'squared_norms',

@@ -183,5 +183,6 @@ def test_a_serialized_step_takes_and_returns_rows_and_its_state():
     restored = jax.export.deserialize(exported.serialize())
     updates, state, _ = got = restored.call(*arguments)
     assert isinstance(updates, clj.RowUpdates)
+    assert updates.kind == 'centers'
     assert isinstance(state, clj.CenterUpdateState)
     chex.assert_trees_all_equal(got, jax.jit(step)(*arguments))

@@ -130,6 +130,39 @@ def test_nearest_center_holds_no_matrix_of_all_distances():
     assert memory(jax.jit(clj.nearest_center), *arrays).temp_size_in_bytes < 4 * 256 * 100_000 / 8
 
 
+LOGITS_BYTES = 256 * 100_000 * 4
+SOFTMAX = [clj.class_softmax, clj.margin_softmax, clj.distance_softmax]
+SOFTMAX_AND_ROWS = [clj.class_softmax_and_rows, clj.margin_softmax_and_rows, clj.distance_softmax_and_rows]
+
+
+@pytest.mark.parametrize('softmax', SOFTMAX)
+def test_a_softmax_and_its_gradients_hold_no_matrix_of_all_logits(softmax):
+    arrays = shapes(((256, 8), jnp.float32), ((100_000, 8), jnp.float32), ((256,), jnp.int32))
+    table_bytes = 100_000 * 8 * 4
+    loss_alone, gradients = jax.jit(softmax), jax.jit(jax.grad(softmax, (0, 1)))
+    assert memory(loss_alone, *arrays).temp_size_in_bytes < LOGITS_BYTES / 10
+    assert memory(gradients, *arrays).temp_size_in_bytes < LOGITS_BYTES / 10 + 3 * table_bytes
+
+
+def sampled_step(softmax, key, table, x, labels):
+    classes = clj.sample_classes(key, labels, len(table), 10_000)
+    loss_fn = partial(softmax, table=table, labels=labels, classes=classes)
+    (loss, rows), gradient = jax.value_and_grad(loss_fn, has_aux=True)(x)
+    return table + clj.RowUpdates(rows.indices, -0.1 * rows.values), loss, gradient
+
+
+@pytest.mark.parametrize('softmax', SOFTMAX_AND_ROWS)
+def test_a_step_with_sampled_classes_takes_the_memory_of_the_sample(softmax):
+    def program(num_classes):
+        key = jax.eval_shape(jax.random.key, 0)
+        arrays = shapes(((num_classes, 64), jnp.float32), ((256, 64), jnp.float32), ((256,), jnp.int32))
+        return memory(jax.jit(partial(sampled_step, softmax), donate_argnums=1), key, *arrays)
+
+    few, most = program(100_000), program(1_000_000)
+    assert few.temp_size_in_bytes == most.temp_size_in_bytes < 6 * 10_000 * 64 * 4
+    assert most.alias_size_in_bytes >= TABLE_BYTES
+
+
 def test_check_replicas_reads_a_table_without_a_copy():
     (table,) = shapes(((1, 100_000, 64), jnp.float32))
     assert memory(_tables._checksums, table).temp_size_in_bytes < MB

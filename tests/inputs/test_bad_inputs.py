@@ -18,9 +18,11 @@ import centerloss_jax as clj
 
 X, C, LABELS = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32), np.array([0, 2, 1, 0])
 ROWS = clj.RowUpdates(jnp.array([1, 0]), jnp.ones((2, 2)))
+GRADIENT = clj.RowUpdates(ROWS.indices, ROWS.values, kind='gradient')
 NARROW, KEYS = np.ones((3, 2), jnp.float8_e4m3fn), jax.random.split(jax.random.key(0), 4)
 RAGGED: Any = [[0], [1, 2], [1], [2]]
 NONE: Any = None
+CENTER: Any = 'center'
 TWO: Any = [ROWS, ROWS]
 MESH = jax.make_mesh((8,), ('classes',), axis_types=(AxisType.Auto,))
 BY_ROWS = NamedSharding(MESH, P('classes', None))
@@ -56,6 +58,14 @@ def model_step(optimizer: Any = None, alpha: Any = 0.5, grads: Any = None, **opt
         return transform.update(grads or {'params': jnp.ones(2), 'centers': ROWS}, transform.init(model), model)
 
     return call
+
+
+def softmax(function: Any, x: Any = X, table: Any = C, labels: Any = LABELS, **options):
+    return partial(function, x, table, labels, **options)
+
+
+def sample(labels: Any = LABELS, num_classes: Any = 9, num_sampled: Any = 5, key: Any = KEYS[0]):
+    return lambda: clj.sample_classes(key, labels, num_classes, num_sampled)
 
 
 def add(indices: Any = (0, 1), values: Any = None, table: Any = C):
@@ -162,6 +172,64 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (nearest(block_size='4'), ValueError, r"block_size must be an integer of at least 1, got '4'"),
         (traced(lambda size: nearest(block_size=size)(), 4), ValueError, r'block_size must be an integer.*Tracer'),
     ],
+    'class_softmax': [
+        (softmax(clj.class_softmax, x=None), TypeError, r'x must be.*NoneType'),
+        (softmax(clj.class_softmax, x=X[:, :1]), ValueError, r'x must have shape.*D=2.*\[4, 1\]'),
+        (softmax(clj.class_softmax, table=C[0]), ValueError, r'table must have shape.*\[2\]'),
+        (softmax(clj.class_softmax, table=ROWS), TypeError, r'table must be.*RowUpdates'),
+        (softmax(clj.class_softmax, labels=LABELS + 1), ValueError, r'labels\[1\] is 3'),
+        (softmax(clj.class_softmax, labels=X), TypeError, r'labels must be integers.*one-hot'),
+        (softmax(clj.class_softmax, where=LABELS), TypeError, r'where must be boolean.*int'),
+        (softmax(clj.class_softmax, block_size=0), ValueError, r'block_size must be an integer of at least 1, got 0'),
+        (softmax(clj.class_softmax, block_size=None), ValueError, r'block_size must be an integer.*None'),
+    ],
+    'class_softmax_and_rows': [
+        (softmax(clj.class_softmax_and_rows, weight='1'), TypeError, r"weight must be a number, got '1'"),
+        (softmax(clj.class_softmax_and_rows, weight=X[:, 0]), TypeError, r'weight must be a number'),
+        (softmax(clj.class_softmax_and_rows, classes='012'), TypeError, r'classes must be integers.*str'),
+        (softmax(clj.class_softmax_and_rows, classes=[0.0, 2.0]), TypeError, r'classes must be integers.*float64'),
+        (softmax(clj.class_softmax_and_rows, classes=2), ValueError, r'classes must have shape \[S\].*\[\]'),
+        (softmax(clj.class_softmax_and_rows, classes=[]), ValueError, r'classes must have shape \[S\].*\[0\]'),
+        (softmax(clj.class_softmax_and_rows, classes=[2, 0, 1]), ValueError, r'classes must be distinct, in ascending'),
+        (softmax(clj.class_softmax_and_rows, classes=[0, 1, 1, 2]), ValueError, r'classes must be distinct'),
+        (softmax(clj.class_softmax_and_rows, classes=[0, 1, 2, 3]), ValueError, r'classes must be.*from 0 to 2'),
+        (softmax(clj.class_softmax_and_rows, classes=[-1, 0, 1, 2]), ValueError, r'classes must be.*from 0 to 2'),
+    ],
+    'margin_softmax': [
+        (softmax(clj.margin_softmax, scale=0.0), ValueError, r'scale must be positive, got 0\.0'),
+        (softmax(clj.margin_softmax, scale=None), TypeError, r'scale must be a number, got None'),
+        (softmax(clj.margin_softmax, angular_margin=4.0), ValueError, r'angular_margin must be from 0 to pi, got 4\.0'),
+        (softmax(clj.margin_softmax, angular_margin=-0.1), ValueError, r'angular_margin must be.*-0\.1'),
+        (
+            softmax(clj.margin_softmax, additive_margin='0.4'),
+            TypeError,
+            r"additive_margin must be a number, got '0\.4'",
+        ),
+    ],
+    'margin_softmax_and_rows': [
+        (softmax(clj.margin_softmax_and_rows, scale=-1), ValueError, r'scale must be positive, got -1'),
+        (softmax(clj.margin_softmax_and_rows, angular_margin=1j), TypeError, r'angular_margin must be a number'),
+        (softmax(clj.margin_softmax_and_rows, weight=None), TypeError, r'weight must be a number, got None'),
+    ],
+    'distance_softmax': [
+        (softmax(clj.distance_softmax, temperature=0), ValueError, r'temperature must be positive, got 0'),
+        (softmax(clj.distance_softmax, temperature=float('nan')), ValueError, r'temperature must be positive, got nan'),
+        (softmax(clj.distance_softmax, margin=None), TypeError, r'margin must be a number, got None'),
+    ],
+    'distance_softmax_and_rows': [
+        (softmax(clj.distance_softmax_and_rows, center_weight=None), TypeError, r'center_weight must be a number'),
+        (softmax(clj.distance_softmax_and_rows, temperature='1'), TypeError, r'temperature must be a number'),
+    ],
+    'sample_classes': [
+        (sample(labels=None), TypeError, r'labels must be integers.*object'),
+        (sample(labels=LABELS + 7), ValueError, r'labels\[1\] is 9'),
+        (sample(num_classes=0), ValueError, r'num_classes must be an integer.*0'),
+        (sample(num_sampled=5.0), ValueError, r'num_sampled must be an integer.*5\.0'),
+        (sample(num_sampled=3), ValueError, r'num_sampled must be from 4 to 9, got 3'),
+        (sample(num_sampled=10), ValueError, r'num_sampled must be from 4 to 9, got 10'),
+        (sample(key=None), TypeError, r'key must be a key of jax.random.*NoneType'),
+        (sample(key=KEYS), TypeError, r'key must be a key of jax.random.*\[4\]'),
+    ],
     'center_update': [
         (move(alpha=None), TypeError, r'alpha must be a number.*None'),
         (move(alpha=1j), TypeError, r'alpha must be a number.*1j'),
@@ -173,6 +241,7 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (move(mesh='data'), TypeError, r"mesh must be a jax.sharding.Mesh.*'data'"),
         (move(axis_name=0), TypeError, r'axis_name.*0'),
         (move(updates=C), TypeError, r'center_update takes RowUpdates.*float32\[3,2\]'),
+        (move(updates=GRADIENT), TypeError, r"center_update.*kind 'gradient'.*by_rows"),
         (move(params=C[0]), ValueError, r'table of the rows must have shape \[C, D\].*\[2\]'),
         (move(params=np.float32(1)), ValueError, r'table of the rows must have shape \[C, D\].*\[\]'),
         (move(params=np.ones((3, 5), np.float32)), ValueError, r'rows of 2 features.*table \[3, 5\]'),
@@ -196,6 +265,8 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (add(values=np.ones((2, 3), np.float32)), ValueError, r'rows of 3 features.*table \[3, 2\]'),
         (add(table=np.ones((3, 2), np.int32)), TypeError, r'table must be floating point.*int32'),
         (add(table=C[0]), ValueError, r'table must have shape.*\[2\]'),
+        (partial(clj.RowUpdates, LABELS, X, kind=TWO), ValueError, r"kind must be 'centers'"),
+        (partial(clj.RowUpdates, LABELS, X, kind=CENTER), ValueError, r"kind must be.*got 'center'"),
     ],
     'concatenate_rows': [
         (clj.concatenate_rows, ValueError, r'concatenate_rows needs at least one'),

@@ -39,6 +39,15 @@ def statistics(x, centers, _):
     return stats, stats.intra, stats.inter, stats.ratio, stats.merge(stats)
 
 
+def distance_softmax(x, centers, _):
+    classes = clj.sample_classes(jax.random.key(0), LABELS, len(centers), min(6, len(centers)))
+
+    def total(x, centers):
+        return clj.distance_softmax_and_rows(x, centers, LABELS, classes=classes, center_weight=0.1, temperature=2)
+
+    return jax.value_and_grad(total, has_aux=True)(x, centers)
+
+
 def over_devices(x, centers, _):
     def local(x, labels, centers):
         loss, rows = clj.center_loss_and_rows(x, centers, labels, axis_name='data')
@@ -62,6 +71,10 @@ CALLS: dict[str, Any] = {
     'concatenate_rows': lambda x, c, _: clj.concatenate_rows(clj.center_rows(x, c, LABELS)),
     'nearest_center': lambda x, c, _: clj.nearest_center(x, c, block_size=4),
     'gradient of nearest_center': lambda x, c, _: jax.grad(lambda x: jnp.sum(clj.nearest_center(x, c)[1]))(x),
+    'class_softmax': lambda x, c, _: jax.value_and_grad(clj.class_softmax, (0, 1))(x, c, LABELS, where=WHERE),
+    'margin_softmax': lambda x, c, _: jax.value_and_grad(clj.margin_softmax, (0, 1))(x, c, LABELS, angular_margin=0.5),
+    'margin_softmax_and_rows': lambda x, c, _: clj.margin_softmax_and_rows(x, c, LABELS, straight_through=True),
+    'distance_softmax_and_rows': distance_softmax,
     'class_statistics': statistics,
     'shard_map': over_devices,
     'linen': lambda x, c, _: clj.linen.CenterLoss(len(c)).apply({'centers': {'centers': c}}, x, LABELS),

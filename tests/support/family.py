@@ -18,6 +18,7 @@ FAMILY = {
     'center_rows': clj.center_rows,
     'center_loss_and_rows': clj.center_loss_and_rows,
     'class_statistics': _class_statistics,
+    'class_softmax_and_rows': clj.class_softmax_and_rows,
 }
 
 

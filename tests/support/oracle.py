@@ -172,3 +172,57 @@ def reference_loss(x, centers, labels, dtype):
             expanded = (x[i] ** 2).sum() + (centers[j] ** 2).sum() - 2 * np.dot(x[i], centers[j])
             matrix[i, j] = np.clip(expanded * dtype(labels[i] == j), 1e-12, 1e12)
     return matrix.sum() / dtype(len(x))
+
+
+def class_logit(x, row, is_own):
+    """Returns x·w, and its derivatives for x and for w."""
+    return sum(x[d] * row[d] for d in range(len(x))), row, x
+
+
+def margin_logit(x, row, is_own, *, scale=64.0, angular_margin=0.0, additive_margin=0.4, straight_through=False):
+    """Returns s·cos θ, of the example's own class s·(cos(θ + m) - a), and its derivatives for x and for w."""
+    x_norm, row_norm = (np.sqrt(sum(number**2 for number in v)) for v in (x, row))
+    if x_norm == 0 or row_norm == 0:
+        cosine, for_x, for_row = 0.0, np.zeros(len(x)), np.zeros(len(x))
+    else:
+        cosine = sum(x[d] * row[d] for d in range(len(x))) / (x_norm * row_norm)
+        for_x = (row / row_norm - cosine * x / x_norm) / x_norm
+        for_row = (x / x_norm - cosine * row / row_norm) / row_norm
+    value, derivative = cosine, 1.0
+    if is_own:
+        theta = np.arccos(np.clip(cosine, -1, 1))
+        if theta + angular_margin > np.pi:
+            value = cosine - angular_margin * np.sin(angular_margin)
+        else:
+            value = np.cos(theta + angular_margin)
+            if angular_margin and not straight_through and for_x.any():
+                derivative = np.sin(theta + angular_margin) / np.sin(theta)
+        value -= additive_margin
+    return scale * value, scale * derivative * for_x, scale * derivative * for_row
+
+
+def distance_logit(x, row, is_own, *, temperature=1.0, margin=0.0):
+    """Returns -|x - w|²/T, of the example's own class times 1 + m, and its derivatives for x and for w."""
+    factor = (1 + margin if is_own else 1.0) / temperature
+    square = sum((x[d] - row[d]) ** 2 for d in range(len(x)))
+    return -factor * square, -2 * factor * (x - row), 2 * factor * (x - row)
+
+
+def softmax(logit, x, table, labels, *, where=None, **options):
+    """Returns the mean cross-entropy over the examples that count, and its gradients for x and for the table.
+
+    `logit` is one of the three functions above. Every class has its own logit.
+    """
+    x, table, labels = _float64(x), _float64(table), np.asarray(labels)
+    loss, for_x, for_table = 0.0, np.zeros(x.shape), np.zeros(table.shape)
+    counted = list(_counted(labels, where))
+    for i in counted:
+        rows = [logit(x[i], table[j], j == labels[i], **options) for j in range(len(table))]
+        largest = max(value for value, _, _ in rows)
+        total = sum(np.exp(value - largest) for value, _, _ in rows)
+        loss += (largest + np.log(total) - rows[labels[i]][0]) / len(counted)
+        for j, (value, for_features, for_row) in enumerate(rows):
+            surplus = (np.exp(value - largest) / total - (j == labels[i])) / len(counted)
+            for_x[i] += surplus * for_features
+            for_table[j] += surplus * for_row
+    return loss, for_x, for_table

@@ -1,0 +1,242 @@
+"""Softmax losses over the classes of a table, for tables too large for a matrix of logits.
+
+The loss of an example is log(1 + exp(others - own)), with `own` the logit of its class, and `others` the log-sum-exp of
+the logits of all other classes. Only `own` has a margin, and it is taken from the example's own row. `others` is summed
+over blocks of classes. Classes spread over devices would be a log-sum-exp of the `others` of the devices.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from centerloss_jax._inputs import (
+    IGNORED,
+    check_features,
+    check_number,
+    check_size,
+    check_table,
+    class_index,
+    compute_dtype,
+    is_row,
+)
+from centerloss_jax._kernels import log_sum_exp_of_others
+from centerloss_jax._logits import Cosine, InnerProduct, SquaredDistance, StraightThroughCosine
+from centerloss_jax._sharding import flatten, take_rows
+
+
+def class_softmax(
+    x: ArrayLike,
+    table: ArrayLike,
+    labels: ArrayLike | Sequence,
+    *,
+    where: ArrayLike | None = None,
+    block_size: int = 1024,
+) -> Array:
+    r"""Returns the mean cross-entropy of a softmax over the inner products of features and the rows of a table.
+
+    .. math:: L = -\frac{1}{B} \sum_i \log \frac{\exp(x_i \cdot w_{y_i})}{\sum_j \exp(x_i \cdot w_j)}
+
+    It equals the cross-entropy of the logits `x @ table.T`, without the `[B, C]` array: classes are taken in blocks,
+    and a gradient computes their logits again. Memory is O(B * block_size + C * D). float16 and bfloat16 inputs are
+    computed in float32. A bias is a column of the table, with a 1 appended to x. On accelerators the products have the
+    precision of `jax.default_matmul_precision`, as `x @ table.T` has.
+
+    An example is ignored if its label is negative or `where` is False. It enters neither the value nor the denominator
+    of the mean nor any gradient, whatever it holds. If every example is ignored the loss is 0.
+
+    `jax.grad` with respect to the table is a dense `[C, D]` array. With many classes take it with respect to some rows
+    of the table, as `class_softmax_and_rows` does with `classes=`.
+
+    Args:
+      x: features `[..., D]`, floating point.
+      table: one row for each class `[C, D]`, floating point.
+      labels: classes `[...]`, integers of any dtype. A label of C or more is an error where its value is known; inside
+        `jax.jit` the loss is NaN, and the gradient of that example is 0.
+      where: bool, labels.shape; False ignores an example.
+      block_size: classes that are taken at a time.
+
+    Returns:
+      A scalar; float32, or float64 where an input is.
+
+    Raises:
+      TypeError: if x or table are not floating point, labels not integers, or where not boolean.
+      ValueError: if shapes do not fit, a label whose value is known is C or more, or block_size is not positive.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> x, table = jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+      >>> round(clj.class_softmax(x, table, jnp.array([2, 0])).item(), 4)
+      2.0627
+
+    References:
+      Wen et al., ECCV 2016, Eq. 1, without its bias and as a mean.
+    """
+    return _loss(InnerProduct(), x, table, labels, where, block_size)
+
+
+def margin_softmax(
+    x: ArrayLike,
+    table: ArrayLike,
+    labels: ArrayLike | Sequence,
+    *,
+    scale: ArrayLike = 64.0,
+    angular_margin: ArrayLike = 0.0,
+    additive_margin: ArrayLike = 0.4,
+    straight_through: bool = False,
+    where: ArrayLike | None = None,
+    block_size: int = 1024,
+) -> Array:
+    r"""Returns the mean cross-entropy of a softmax over cosines, with a margin for the class of the example.
+
+    The logit of class j is :math:`s \cos\theta_j`, with :math:`\theta_j` the angle of the features and row j. That of
+    the example's class y is
+
+    .. math:: s (\cos(\theta_y + m) - a), \quad\text{or}\quad s (\cos\theta_y - m \sin m - a)
+        \quad\text{where}\quad \theta_y + m > \pi
+
+    The second form falls with the angle where the first would rise again; there is a jump between them. CosFace is the
+    default, with m = 0. ArcFace is `angular_margin=0.5, additive_margin=0.0`.
+
+    Neither the norm of the features nor that of a row enters the loss. Features or a row of zeros have the cosine 0 and
+    the gradient 0. The gradient is bounded at every angle. At an angle of 0 or pi, where the angle has no gradient, its
+    part is 0.
+
+    Args:
+      x: features `[..., D]`, floating point. See `class_softmax`.
+      table: one row for each class `[C, D]`, floating point. See `class_softmax`.
+      labels: classes `[...]`, integers below C. See `class_softmax`.
+      scale: s, positive.
+      angular_margin: m, in radians, from 0 to pi.
+      additive_margin: a.
+      straight_through: leaves the margins out of the gradient, as insightface's ArcFace does: the derivative of each
+        logit for its cosine is s. The value is the same.
+      where: bool, labels.shape; False ignores an example.
+      block_size: classes that are taken at a time.
+
+    Returns:
+      A scalar; float32, or float64 where an input is.
+
+    Raises:
+      TypeError: for a wrong dtype, or if a scale or margin is no number. See `class_softmax`.
+      ValueError: if scale is not positive, or angular_margin not in [0, pi]. See `class_softmax`.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> x, table = jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0], [2.0, 0.0]])
+      >>> round(clj.margin_softmax(x, table, jnp.array([0]), scale=10.0).item(), 4)
+      2.1269
+
+    References:
+      Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, Eq. 4.
+      Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, Eq. 3. The form beyond
+      pi is not in the paper; earlier code of insightface has it.
+    """
+    form = cosine_form(scale, angular_margin, additive_margin, straight_through)
+    return _loss(form, x, table, labels, where, block_size)
+
+
+def distance_softmax(
+    x: ArrayLike,
+    table: ArrayLike,
+    labels: ArrayLike | Sequence,
+    *,
+    temperature: ArrayLike = 1.0,
+    margin: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    block_size: int = 1024,
+) -> Array:
+    r"""Returns the mean cross-entropy of a softmax over negative squared distances to the rows of a table.
+
+    The rows are class centers that classify. The logit of class j is :math:`-|x - w_j|^2 / T`, and that of the
+    example's class is :math:`(1 + m)` times it.
+
+    The distance to the example's own row is the sum of the squared differences. The others are expanded to a matrix
+    product, after the mean of the batch is subtracted from features and rows: they are exact relative to the largest
+    squared distance of an example or a row from that mean.
+
+    Args:
+      x: features `[..., D]`, floating point. See `class_softmax`.
+      table: one center for each class `[C, D]`, floating point. See `class_softmax`.
+      labels: classes `[...]`, integers below C. See `class_softmax`.
+      temperature: T, positive. It is 2 in L-GM, and 1 / gamma in GCPL.
+      margin: m, relative to the distance.
+      where: bool, labels.shape; False ignores an example.
+      block_size: classes that are taken at a time.
+
+    Returns:
+      A scalar; float32, or float64 where an input is.
+
+    Raises:
+      TypeError: for a wrong dtype, or if temperature or margin is no number. See `class_softmax`.
+      ValueError: if temperature is not positive. See `class_softmax`.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> x, centers = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 1.0], [3.0, 2.0]])
+      >>> round(clj.distance_softmax(x, centers, jnp.array([0])).item(), 4)
+      0.0486
+
+    References:
+      Snell, Swersky and Zemel, "Prototypical Networks for Few-shot Learning", NeurIPS 2017, Eq. 2.
+      Yang, Zhang, Yin and Liu, "Robust Classification with Convolutional Prototype Learning", CVPR 2018 (GCPL).
+      Wan, Zhong, Li and Chen, "Rethinking Feature Distribution for Loss Functions in Image Classification", CVPR 2018
+      (L-GM).
+    """
+    return _loss(distance_form(temperature, margin), x, table, labels, where, block_size)
+
+
+def cosine_form(scale: Any, angular_margin: Any, additive_margin: Any, straight_through: bool) -> Cosine:
+    check_number(scale, 'scale', positive=True)
+    check_number(angular_margin, 'angular_margin')
+    if not isinstance(angular_margin, Tracer) and not 0 <= angular_margin <= math.pi:
+        raise ValueError(f'angular_margin must be from 0 to pi, got {angular_margin}')
+    check_number(additive_margin, 'additive_margin')
+    return (StraightThroughCosine if straight_through else Cosine)(scale, angular_margin, additive_margin)
+
+
+def distance_form(temperature: Any, margin: Any) -> SquaredDistance:
+    check_number(temperature, 'temperature', positive=True)
+    check_number(margin, 'margin')
+    return SquaredDistance(temperature, margin)
+
+
+def _loss(form: Any, x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> Array:
+    x, table, index = check_arrays(x, table, labels, where, block_size)
+    return mean_loss(x, table, index, form, int(block_size))
+
+
+def check_arrays(x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> tuple[Array, Array, Array]:
+    """Returns x `[B, D]`, the table, and the row of each label `[B]`, IGNORED or DROPPED."""
+    table = check_table(table, 'table')
+    x = check_features(x, table.shape[1])
+    check_size(block_size, 'block_size')
+    index = class_index(labels, where, table.shape[0], x.shape[:-1])
+    return flatten(x, index.ndim), table, flatten(index, index.ndim)
+
+
+@partial(jax.jit, static_argnames='block_size')
+def mean_loss(x: Array, rows: Array, index: Array, form: Any, block_size: int) -> Array:
+    """Returns the mean cross-entropy. The index of an example is a row, IGNORED or DROPPED."""
+    dtype = compute_dtype(x.dtype, rows.dtype)
+    form = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), form)
+    counted, valid = index != IGNORED, is_row(index)
+    x, rows = jnp.where(valid[:, None], x, 0).astype(dtype), rows.astype(dtype)
+
+    place = jnp.where(valid, index, 0)
+    own = form.own(x, take_rows(rows, place))
+    others = log_sum_exp_of_others(form.others, x, rows, place, block_size)
+    cross_entropy = jnp.where(valid, jax.nn.softplus(others - own), 0)
+
+    per_example = jnp.where(counted & ~valid, jnp.nan, cross_entropy)
+    count = jnp.maximum(jnp.sum(counted, dtype=jnp.int32), 1).astype(dtype)
+    return jnp.sum(per_example) / count

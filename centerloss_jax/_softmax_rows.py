@@ -1,0 +1,230 @@
+"""Softmax losses with their gradient for the rows of the table, for a training step that moves the rows itself.
+
+The rows are those of a sample of the classes, or of all. Neither time nor memory then depends on the classes that are
+not in the sample.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from centerloss_jax._inputs import DROPPED, check_classes, check_number, compute_dtype, is_concrete, is_row
+from centerloss_jax._kernels import loss_and_gradient
+from centerloss_jax._logits import InnerProduct
+from centerloss_jax._loss import center_loss
+from centerloss_jax._rows import RowUpdates
+from centerloss_jax._sharding import take_rows
+from centerloss_jax._softmax import check_arrays, cosine_form, distance_form, mean_loss
+
+
+def class_softmax_and_rows(
+    x: ArrayLike,
+    table: ArrayLike,
+    labels: ArrayLike | Sequence,
+    *,
+    where: ArrayLike | None = None,
+    classes: ArrayLike | Sequence | None = None,
+    weight: ArrayLike = 1.0,
+    block_size: int = 1024,
+) -> tuple[Array, RowUpdates]:
+    """Returns `class_softmax` and its gradient for the rows of the table, for a training step.
+
+    With `classes` the softmax is over these classes alone. Time and memory then grow with their number, and not with
+    the number of classes in the table.
+
+    The rows carry no gradient, so a factor on the returned loss does not reach them. Pass it as `weight`.
+
+    Args:
+      x: features `[..., D]`, floating point. See `class_softmax`.
+      table: one row for each class `[C, D]`, floating point. See `class_softmax`.
+      labels: classes `[...]`, integers below C. See `class_softmax`.
+      where: bool, labels.shape; False ignores an example.
+      classes: integers `[S]`, distinct and in ascending order, as `sample_classes` returns them. A label that is not
+        among them is an error outside of `jax.jit`; inside, the loss is NaN and the gradient of that example 0. None
+        takes all classes.
+      weight: a number that multiplies the loss and the rows.
+      block_size: classes that are taken at a time.
+
+    Returns:
+      `(loss, rows)`: a scalar, and RowUpdates of the kind 'gradient' with one row for each of `classes`, or of all
+      classes: indices int32 `[S]`, values `[S, D]` in float32 or wider.
+
+    Raises:
+      TypeError: for a wrong dtype. See `class_softmax`.
+      ValueError: if shapes do not fit, a label whose value is known is C or more or not among the classes, or classes
+        are not distinct, in ascending order and from 0 to C - 1.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> table = jnp.zeros((1000, 2))
+      >>> def loss_fn(x):
+      ...     return clj.class_softmax_and_rows(x, table, jnp.array([7]), classes=jnp.array([7, 500]))
+      >>> (loss, rows), grad = jax.value_and_grad(loss_fn, has_aux=True)(jnp.array([[2.0, 4.0]]))
+      >>> rows.indices.tolist(), rows.values.tolist()
+      ([7, 500], [[-1.0, -2.0], [1.0, 2.0]])
+    """
+    return _loss_and_rows(InnerProduct(), x, table, labels, where, classes, weight, None, block_size)
+
+
+def margin_softmax_and_rows(
+    x: ArrayLike,
+    table: ArrayLike,
+    labels: ArrayLike | Sequence,
+    *,
+    scale: ArrayLike = 64.0,
+    angular_margin: ArrayLike = 0.0,
+    additive_margin: ArrayLike = 0.4,
+    straight_through: bool = False,
+    where: ArrayLike | None = None,
+    classes: ArrayLike | Sequence | None = None,
+    weight: ArrayLike = 1.0,
+    block_size: int = 1024,
+) -> tuple[Array, RowUpdates]:
+    """Returns `margin_softmax` and its gradient for the rows of the table, for a training step.
+
+    Args:
+      x: features `[..., D]`, floating point. See `class_softmax`.
+      table: one row for each class `[C, D]`, floating point. See `class_softmax`.
+      labels: classes `[...]`, integers below C. See `class_softmax`.
+      scale: the factor of the cosines. See `margin_softmax`.
+      angular_margin: added to the angle of the example's class. See `margin_softmax`.
+      additive_margin: subtracted from its cosine. See `margin_softmax`.
+      straight_through: leaves the margins out of the gradient. See `margin_softmax`.
+      where: bool, labels.shape; False ignores an example.
+      classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
+      weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
+      block_size: classes that are taken at a time.
+
+    Returns:
+      `(loss, rows)`. See `class_softmax_and_rows`.
+
+    Raises:
+      TypeError: for a wrong dtype, or if a number is none. See `margin_softmax`.
+      ValueError: for a wrong shape, label, class or number. See `margin_softmax` and `class_softmax_and_rows`.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> x, table = jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0], [2.0, 0.0]])
+      >>> loss, rows = clj.margin_softmax_and_rows(x, table, jnp.array([0]), scale=10.0, weight=0.5)
+      >>> round(loss.item(), 4), rows.indices.tolist()
+      (1.0635, [0, 1])
+    """
+    form = cosine_form(scale, angular_margin, additive_margin, straight_through)
+    return _loss_and_rows(form, x, table, labels, where, classes, weight, None, block_size)
+
+
+def distance_softmax_and_rows(
+    x: ArrayLike,
+    table: ArrayLike,
+    labels: ArrayLike | Sequence,
+    *,
+    temperature: ArrayLike = 1.0,
+    margin: ArrayLike = 0.0,
+    center_weight: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    classes: ArrayLike | Sequence | None = None,
+    weight: ArrayLike = 1.0,
+    block_size: int = 1024,
+) -> tuple[Array, RowUpdates]:
+    """Returns `distance_softmax` with a center loss, and their gradient for the rows of the table, for a training step.
+
+    One table does both jobs: its rows classify, and the center loss pulls features and rows of a class together. The
+    rows move by this gradient alone, and not by Eq. 4 of the center loss.
+
+    Args:
+      x: features `[..., D]`, floating point. See `class_softmax`.
+      table: one center for each class `[C, D]`, floating point. See `class_softmax`.
+      labels: classes `[...]`, integers below C. See `class_softmax`.
+      temperature: divides the squared distances. See `distance_softmax`.
+      margin: relative to the distance of the example's class. See `distance_softmax`.
+      center_weight: the factor of `center_loss`, which is added to the loss. Its gradient is added to the rows.
+      where: bool, labels.shape; False ignores an example.
+      classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
+      weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
+      block_size: classes that are taken at a time.
+
+    Returns:
+      `(loss, rows)`. See `class_softmax_and_rows`.
+
+    Raises:
+      TypeError: for a wrong dtype, or if a number is none. See `distance_softmax`.
+      ValueError: for a wrong shape, label, class or number. See `distance_softmax` and `class_softmax_and_rows`.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp
+      >>> x, centers = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 1.0], [3.0, 2.0]])
+      >>> loss, rows = clj.distance_softmax_and_rows(x, centers, jnp.array([0]), center_weight=0.1)
+      >>> round(loss.item(), 4), rows.indices.tolist()
+      (0.1486, [0, 1])
+    """
+    check_number(center_weight, 'center_weight')
+    form = distance_form(temperature, margin)
+    return _loss_and_rows(form, x, table, labels, where, classes, weight, center_weight, block_size)
+
+
+def _loss_and_rows(
+    form: Any,
+    x: Any,
+    table: Any,
+    labels: Any,
+    where: Any,
+    classes: Any,
+    weight: Any,
+    center_weight: Any,
+    block_size: Any,
+) -> tuple[Array, RowUpdates]:
+    check_number(weight, 'weight')
+    x, table, index = check_arrays(x, table, labels, where, block_size)
+    if classes is None:
+        classes, rows = jnp.arange(table.shape[0], dtype=jnp.int32), table
+    else:
+        classes = check_classes(classes, table.shape[0])
+        rows = take_rows(table, jnp.clip(classes, 0, table.shape[0] - 1))
+        index = _place_in_sample(index, classes)
+    loss, gradient = _loss_and_gradient(x, rows, index, form, weight, center_weight, int(block_size))
+    return loss, RowUpdates(classes, gradient, kind='gradient')
+
+
+def _place_in_sample(index: Array, classes: Array) -> Array:
+    """Returns the place of each class among sorted classes: DROPPED where it is not there, IGNORED as it is.
+
+    A class that is not there is an error where all values are known.
+    """
+    place = jnp.clip(jnp.searchsorted(classes, index), 0, classes.size - 1).astype(jnp.int32)
+    place = jnp.where(is_row(index), jnp.where(classes[place] == index, place, DROPPED), index)
+    if is_concrete(place):
+        missing = np.asarray(jax.device_get(index))[np.asarray(jax.device_get(place)) == DROPPED]
+        if missing.size:
+            raise ValueError(
+                f'labels name class {missing[0]}, which is not among classes: sample them by sample_classes with these '
+                'labels'
+            )
+    return place
+
+
+@partial(jax.jit, static_argnames='block_size')
+def _loss_and_gradient(
+    x: Array, rows: Array, index: Array, form: Any, weight: Any, center_weight: Any, block_size: int
+) -> tuple[Array, Array]:
+    """Returns weight times the loss, with the center loss where it has a weight, and the gradient for the rows."""
+    dtype = compute_dtype(x.dtype, rows.dtype)
+    numbers = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), (form, weight, center_weight))
+
+    def weighted(rows, others, index):
+        x, (form, weight, center_weight) = others
+        loss = mean_loss(x, rows, index, form, block_size)
+        if center_weight is not None:
+            loss += center_weight * center_loss(x, rows, index)
+        return weight * loss
+
+    return loss_and_gradient(weighted, rows.astype(dtype), (x.astype(dtype), numbers), index)
