@@ -25,7 +25,7 @@ from centerloss_jax._inputs import (
     check_table,
     compute_dtype,
 )
-from centerloss_jax._kernels import class_sums, unique_sums
+from centerloss_jax._kernels import class_sums, sums_in_first_rows
 from centerloss_jax._rows import RowUpdates, check_rows, gather_finite
 from centerloss_jax._sharding import set_rows, take_rows
 
@@ -166,7 +166,7 @@ def _sum_rows(rows: RowUpdates, table: Array, axis_name: AxisName | None, mesh: 
     if at_most(table.shape[0], index.size):
         unique, sums = class_sums(index, values, scale, table.shape[0])
     else:
-        unique, sums = unique_sums(index, values, scale)
+        unique, sums = sums_in_first_rows(index, values, scale, table.shape[0])
     return unique, sums.astype(compute_dtype(table.dtype)), dropped
 
 
