@@ -9,6 +9,7 @@
 """
 
 from centerloss_jax import linen, nnx
+from centerloss_jax._by_rows import ByRowsState, by_rows
 from centerloss_jax._inputs import check_labels
 from centerloss_jax._loss import center_loss, center_loss_and_rows, center_rows
 from centerloss_jax._nearest import nearest_center
@@ -24,9 +25,11 @@ from centerloss_jax._update import CenterUpdateState, center_update
 __version__ = '0.1.0'
 
 __all__ = [
+    'ByRowsState',
     'CenterUpdateState',
     'ClassStatistics',
     'RowUpdates',
+    'by_rows',
     'center_loss',
     'center_loss_and_rows',
     'center_rows',

@@ -15,6 +15,7 @@ import numpy as np
 from flax.core import meta
 from jax import Array, export
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 HostOrDevice = np.ndarray | Array
@@ -184,6 +185,16 @@ def check_axis_name(axis_name: AxisName | None) -> None:
             f'axis_name={axis_name!r} is not the name of an axis here: pass the axis_name of the jax.pmap, '
             'jax.shard_map or jax.vmap around this call, or leave axis_name out on one device and under a plain jax.jit'
         ) from None
+
+
+def check_optimizer(optimizer: Any, name: str) -> None:
+    if not hasattr(optimizer, 'update'):
+        raise TypeError(f'{name} must be an optax optimizer, such as optax.adam(1e-3), got {optimizer!r}')
+
+
+def check_mesh(mesh: Any) -> None:
+    if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise TypeError(f'mesh must be a jax.sharding.Mesh, got {mesh!r}')
 
 
 def check_alpha(alpha: Any) -> None:

@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from centerloss_jax._inputs import (
     DROPPED,
     IGNORED,
+    AxisName,
     as_array,
     check_floating,
     check_table,
@@ -20,8 +22,8 @@ from centerloss_jax._inputs import (
     row_index,
     type_name,
 )
-from centerloss_jax._kernels import add_class_sums, unique_sums
-from centerloss_jax._sharding import add_rows, replicate, set_rows, take_rows
+from centerloss_jax._kernels import add_class_sums, squared_norms, unique_sums
+from centerloss_jax._sharding import add_rows, gather_devices, replicate, set_rows, take_rows
 
 # Arithmetic on the rows changes these: no sum, multiple, square, sign or clip of such a number is itself.
 # Half precision holds neither of the two floats. They differ, so that subtracting their mean changes them.
@@ -181,6 +183,38 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     index, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
     scale = None if all(part._scale is None for part in rows) else scale
     return RowUpdates(index, values, kind=kinds.pop() if kinds else None, _scale=scale)
+
+
+def check_rows(leaves: list[Any], transform: str, kind: Kind, source: str) -> None:
+    """Raises an error if `transform` is given anything but rows, no rows, or rows of another kind than its own."""
+    for leaf in leaves or [None]:
+        if not isinstance(leaf, RowUpdates):
+            got = 'nothing' if leaf is None else type_name(leaf) if hasattr(leaf, 'dtype') else type(leaf).__name__
+            raise TypeError(
+                f'{transform} takes RowUpdates in the place of a gradient for its tables: pass {source}, got {got}. '
+                'Transforms that accumulate or average, such as optax.MultiSteps, go inside with_centers'
+            )
+        if leaf.kind not in (kind, None):
+            other = 'by_rows(optimizer)' if leaf.kind == 'gradient' else 'center_update'
+            raise TypeError(
+                f'{transform} takes {source}, of the kind {kind!r}, got rows of the kind {leaf.kind!r}, which {other} '
+                'takes: with_centers(..., classifier=by_rows(optimizer)) gives each table its own'
+            )
+
+
+def gather_finite(rows: RowUpdates, table: Array | None, axis_name: AxisName | None, mesh: Mesh | None):
+    """Returns the index, values and scale of the rows of all devices, their squared norms, and how many are dropped.
+
+    The index is DROPPED for the rows that are left out or dropped, as those are whose squared norm is not finite.
+    """
+    index, values, scale = resolve(rows, table)
+    if axis_name is not None:
+        index, values, scale = (gather_devices(a, axis_name) for a in (index, values, scale))
+    index, values, scale = replicate((index, values, scale), mesh)
+    norms = squared_norms(values, scale)
+    finite = jnp.isfinite(norms)
+    dropped = jnp.sum((index != IGNORED) & ((index == DROPPED) | ~finite), dtype=jnp.int32)
+    return jnp.where((index != IGNORED) & finite, index, DROPPED), values, scale, norms, dropped
 
 
 def resolve_for_scatter(rows: RowUpdates, table: Array | None) -> tuple[Array, Array, Array]:

@@ -7,21 +7,19 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 from jax import Array, export
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from centerloss_jax._inputs import (
     DROPPED,
-    IGNORED,
     AxisName,
     alpha_at,
     at_most,
     check_alpha,
     check_axis_name,
-    type_name,
+    check_mesh,
 )
-from centerloss_jax._kernels import class_sizes, class_sums, squared_norm_of_sums, squared_norms
-from centerloss_jax._rows import RowUpdates, resolve, resolve_for_scatter
-from centerloss_jax._sharding import gather_devices, replicate
+from centerloss_jax._kernels import class_sizes, class_sums, squared_norm_of_sums
+from centerloss_jax._rows import RowUpdates, check_rows, gather_finite, resolve_for_scatter
 
 Alpha = float | Array | optax.Schedule
 
@@ -100,8 +98,7 @@ def center_update(
       Wen et al., ECCV 2016, Eq. 4.
     """
     check_alpha(alpha)
-    if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise TypeError(f'mesh must be a jax.sharding.Mesh, got {mesh!r}')
+    check_mesh(mesh)
 
     def init(params: optax.Params) -> CenterUpdateState:
         del params
@@ -110,7 +107,7 @@ def center_update(
     def update(updates, state, params=None):
         check_axis_name(axis_name)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: isinstance(leaf, RowUpdates))
-        _check_rows(leaves)
+        check_rows(leaves, 'center_update', 'centers', 'the rows of center_loss_and_rows, center_rows or CenterLoss')
         alpha_now = alpha_at(alpha, state.count)
         boxes = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
         tables = meta.unbox(boxes)  # a table may be boxed with the names of its axes, as by nn.with_partitioning
@@ -128,15 +125,7 @@ def center_update(
 
 def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName | None, mesh: Mesh | None):
     """Returns the moves of one table's centers, the number of dropped rows, and the squared norm of all moves."""
-    index, values, scale = resolve(rows, table)  # scale * values = c - x
-    if axis_name is not None:
-        index, values, scale = (gather_devices(a, axis_name) for a in (index, values, scale))
-    index, values, scale = replicate((index, values, scale), mesh)
-    norms = squared_norms(values, scale)
-
-    finite = jnp.isfinite(norms)
-    dropped = jnp.sum((index != IGNORED) & ((index == DROPPED) | ~finite), dtype=jnp.int32)
-    index = jnp.where((index != IGNORED) & finite, index, DROPPED)
+    index, values, scale, norms, dropped = gather_finite(rows, table, axis_name, mesh)  # scale * values = c - x
 
     # Computed exactly as `table + rows` will, so that XLA shares the sort.
     scatter_index, _, _ = resolve_for_scatter(RowUpdates(index, values), table)
@@ -154,19 +143,3 @@ def _move(rows: RowUpdates, table: Array | None, alpha: Any, axis_name: AxisName
 
 def _in_box(box: Any, rows: RowUpdates) -> Any:
     return box.replace_boxed(rows) if isinstance(box, meta.AxisMetadata) else rows
-
-
-def _check_rows(leaves: list[Any]) -> None:
-    for leaf in leaves or [None]:
-        if not isinstance(leaf, RowUpdates):
-            got = 'nothing' if leaf is None else type_name(leaf) if hasattr(leaf, 'dtype') else type(leaf).__name__
-            raise TypeError(
-                'center_update takes RowUpdates in the place of a gradient for the centers: pass the rows that '
-                f'center_loss_and_rows, center_rows or CenterLoss return, got {got}. Transforms that accumulate or '
-                'average, such as optax.MultiSteps, go inside with_centers'
-            )
-        if leaf.kind == 'gradient':
-            raise TypeError(
-                "center_update moves centers by the rows of a center loss, got rows of the kind 'gradient': move their "
-                'table by by_rows(optimizer)'
-            )

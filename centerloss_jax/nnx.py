@@ -27,6 +27,23 @@ class Centers(nnx.Variable):
     """
 
 
+class Classifier(nnx.Variable):
+    """Variable type of a table whose gradient is rows, such as a classifier's. `by_rows` moves it.
+
+    Args:
+      value: `[C, D]` table in a model, or RowUpdates of the kind 'gradient' in the gradients of one.
+
+    Example:
+      >>> import centerloss_jax as clj
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> class Model(nnx.Module):
+      ...     def __init__(self):
+      ...         self.classifier = clj.nnx.Classifier(jnp.zeros((3, 2)))
+      >>> optimizer = nnx.Optimizer(Model(), clj.by_rows(optax.adam(1e-3)), wrt=clj.nnx.Classifier)
+    """
+
+
 # A Linen model that nnx.bridge.ToNNX wraps has its table in a variable of this type too.
 nnx.register_variable_name('centers', Centers)
 

@@ -88,6 +88,16 @@ def test_unique_sums_equals_a_segment_sum_over_unique_indices(rows):
     np.testing.assert_array_equal(sums[~there], np.zeros((64 - there.sum(), values.shape[1])))
 
 
+def test_sums_in_first_rows_are_the_class_sums_at_the_first_row_of_each_class(rows):
+    unique, sums = _kernels.sums_in_first_rows(*rows)
+    index, first = np.asarray(rows[0]), np.zeros(64, bool)
+    first[np.unique(index, return_index=True)[1]] = True
+    first &= index != DROPPED
+    np.testing.assert_array_equal(unique, np.where(first, index, DROPPED))
+    np.testing.assert_allclose(sums[first], plain_sums(*rows)[index[first]], rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(sums[~first], 0)
+
+
 def test_add_class_sums_equals_a_scatter_add(rows):
     index, values, scale, num_classes = rows
     table = jnp.arange(num_classes * values.shape[1], dtype=values.dtype).reshape(num_classes, -1)
@@ -321,7 +331,7 @@ def test_devices_may_have_different_tables_under_the_replication_check():
 
 @pytest.mark.parametrize('num_classes', [3, 50])
 def test_one_field_of_the_rows_may_vary_over_devices(num_classes):
-    fields = {'indices': jnp.array([1, 2, 1, 0]), 'values': jnp.ones((4, 2)), '_scale': jnp.arange(4.0)}
+    fields: dict[str, Any] = {'indices': jnp.array([1, 2, 1, 0]), 'values': jnp.ones((4, 2)), '_scale': jnp.arange(4.0)}
     mesh = jax.make_mesh((2,), ('data',), (jax.sharding.AxisType.Auto,))
 
     def add(varying):

@@ -14,7 +14,13 @@ from centerloss_jax._kernels.groups import class_sizes, sum_in_parts
 from centerloss_jax._kernels.log_sum_exp import log_sum_exp_of_others
 from centerloss_jax._kernels.loss_and_gradient import loss_and_gradient
 from centerloss_jax._kernels.mean_square import mean_square, squared_norms
-from centerloss_jax._kernels.sums import add_class_sums, class_sums, squared_norm_of_sums, unique_sums
+from centerloss_jax._kernels.sums import (
+    add_class_sums,
+    class_sums,
+    squared_norm_of_sums,
+    sums_in_first_rows,
+    unique_sums,
+)
 
 __all__ = [
     'add_class_sums',
@@ -26,5 +32,6 @@ __all__ = [
     'squared_norm_of_sums',
     'squared_norms',
     'sum_in_parts',
+    'sums_in_first_rows',
     'unique_sums',
 ]

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import P
 from jax.sharding import AxisType, NamedSharding
@@ -66,3 +67,40 @@ def test_a_step_under_axis_name_moves_and_copies_no_table(way):
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 100_003 * 6 * 4 // 10
     assert memory.alias_size_in_bytes >= 100_003 * 6 * 4
+
+
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit], ids=['Auto', 'Explicit'])
+def test_an_optimizer_by_rows_under_axis_name_moves_and_copies_no_table(axis_type):
+    transform: Any = clj.by_rows(optax.sgd(0.1), axis_name='batch')
+
+    def step(x, tokens, table):
+        gradient = jax.grad(lambda taken: jnp.sum((taken - x) ** 2))(table[tokens])
+        return update(transform, clj.RowUpdates(tokens, gradient, kind='gradient'), transform.init(table), table)
+
+    jitted, arrays = shard_mapped(step, axis_type)
+    compiled = jitted.lower(*arrays).compile()
+    assert 0 < max(collective_sizes(compiled)) <= 64 * 6
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 100_003 * 6 * 4 // 10
+    assert memory.alias_size_in_bytes >= 100_003 * 6 * 4
+
+
+def test_an_optimizer_by_rows_moves_no_table_that_a_mesh_shards():
+    mesh = jax.make_mesh((8,), ('classes',), axis_types=(AxisType.Auto,))
+    transform: Any = clj.by_rows(optax.adam(0.1), mesh=mesh)
+    by_class, over_all = NamedSharding(mesh, P('classes')), NamedSharding(mesh, P())
+    table = jax.ShapeDtypeStruct((100_000, 6), jnp.float32, sharding=by_class)
+    state = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=by_class if a.ndim else over_all),
+        jax.eval_shape(transform.init, table),
+    )
+    tokens = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=by_class)
+
+    def step(table, state, tokens):
+        gradient = jax.grad(lambda taken: jnp.sum(taken**2))(table[tokens])
+        return update(transform, clj.RowUpdates(tokens, gradient, kind='gradient'), state, table)
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, tokens).compile()
+    assert 0 < max(collective_sizes(compiled)) <= 64 * 6
+    memory: Any = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 3 * 100_000 * 6 * 4 // 8

@@ -40,6 +40,11 @@ def model_step(x, table, labels):
     return update(transform, {'params': jnp.ones(3), 'centers': rows}, transform.init(model), model)
 
 
+def row_step(x, table, labels):
+    transform = clj.by_rows(optax.adamw(1e-3))
+    return update(transform, clj.RowUpdates(labels, x, kind='gradient'), transform.init(table), table)
+
+
 def statistics(x, table, labels):
     total = clj.class_statistics(x, labels, len(table))
     total = total.merge(clj.class_statistics(2 * x, labels, len(table)))
@@ -66,6 +71,7 @@ FUNCTIONS = {
     'RowUpdates': lambda x, table, labels: table + clj.RowUpdates(labels, x),
     'center_update': table_step,
     'with_centers and concatenate_rows': model_step,
+    'by_rows': row_step,
     'nearest_center': lambda x, table, labels: clj.nearest_center(x, table, block_size=4),
     'class_statistics': statistics,
     'linen.CenterLoss': linen_module,
@@ -83,7 +89,7 @@ def test_a_function_lowers(function, dtype):
 def test_every_public_name_is_here():
     # What is missing runs on the host, or is a type that the functions above return.
     on_the_host = {'check_labels', 'check_replicas', 'shard_centers', 'unshard_centers'}
-    returned = {'CenterUpdateState', 'ClassStatistics'}
+    returned = {'ByRowsState', 'CenterUpdateState', 'ClassStatistics'}
     lowered = {word for name in FUNCTIONS for word in name.replace('.', ' ').split()}
     assert set(clj.__all__) - lowered == on_the_host | returned
 
@@ -169,20 +175,26 @@ def test_a_label_beyond_a_symbolic_number_of_classes_is_a_mistake(dtype):
     np.testing.assert_array_equal(got, [3, np.nan, np.nan])
 
 
-def test_a_serialized_step_takes_and_returns_rows_and_its_state():
+@pytest.mark.parametrize('name', ['center_update', 'by_rows'])
+def test_a_serialized_step_takes_and_returns_rows_and_its_state(name):
     pytest.importorskip('flatbuffers')  # JAX serializes by it, and does not depend on it
-    transform: Any = clj.center_update(0.5)
+    # JAX serializes no state of optax.
+    stateless: Any = optax.GradientTransformation(
+        lambda params: (), lambda updates, state, params=None: (updates, state)
+    )
+    transform: Any = {'center_update': clj.center_update(0.5), 'by_rows': clj.by_rows(stateless)}[name]
+    kind = 'centers' if name == 'center_update' else 'gradient'
 
     def step(rows, state, table):
         updates, state = transform.update(rows, state, table)
         return updates, state, optax.apply_updates(table, updates)
 
     table, labels = jnp.zeros((5, 3)), jnp.array([0, 2, 2, -1])
-    arguments = clj.center_rows(jnp.ones((4, 3)), table, labels), transform.init(table), table
+    arguments = clj.RowUpdates(labels, -jnp.ones((4, 3)), kind=kind), transform.init(table), table
     exported = jax.export.export(jax.jit(step))(*arguments)
     restored = jax.export.deserialize(exported.serialize())
     updates, state, _ = got = restored.call(*arguments)
     assert isinstance(updates, clj.RowUpdates)
-    assert updates.kind == 'centers'
-    assert isinstance(state, clj.CenterUpdateState)
+    assert updates.kind == kind
+    assert type(state) is type(arguments[1])
     chex.assert_trees_all_equal(got, jax.jit(step)(*arguments))

@@ -5,6 +5,7 @@ time, whatever else the machine does.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 import centerloss_jax as clj
 from centerloss_jax import _tables
 from tests.support.programs import MB, memory, shapes
-from tests.support.steps import linen_state, linen_step, nnx_pair, nnx_step
+from tests.support.steps import linen_state, linen_step, nnx_pair, nnx_step, update
 
 BIG = {'num_classes': 1_000_000, 'num_features': 64}
 TABLE_BYTES = 1_000_000 * 64 * 4
@@ -109,6 +110,28 @@ def test_temporaries_do_not_depend_on_the_number_of_classes(loss_and_rows):
 @pytest.mark.parametrize('num_classes', [1_000, 1_000_000])
 def test_gradient_rows_and_move_share_one_array(num_classes):
     assert table_program(one_lookup, num_classes, size=4096).temp_size_in_bytes < 0.6 * 4096 * 512 * 4
+
+
+def embedding_step(transform, table, state, tokens, target):
+    def loss_fn(taken):
+        return jnp.mean(jnp.sum(jnp.square(taken - target), axis=-1))
+
+    rows = clj.RowUpdates(tokens, jax.grad(loss_fn)(table[tokens]), kind='gradient')
+    return update(transform, rows, state, table)
+
+
+@pytest.mark.parametrize('optimizer', [optax.adamw(1e-3), optax.sgd(1e-3, momentum=0.9)], ids=['adamw', 'momentum'])
+def test_an_optimizer_by_rows_updates_table_and_state_in_place(optimizer):
+    transform: Any = clj.by_rows(optimizer)
+
+    def program(num_rows):
+        table, *batch = shapes(((num_rows, 128), jnp.float32), ((1024,), jnp.int32), ((1024, 128), jnp.float32))
+        step = jax.jit(partial(embedding_step, transform), donate_argnums=(0, 1))
+        return memory(step, table, jax.eval_shape(transform.init, table), *batch)
+
+    few, most = program(100_000), program(400_000)
+    assert few.temp_size_in_bytes == most.temp_size_in_bytes < 4 * MB
+    assert most.alias_size_in_bytes >= 2 * 400_000 * 128 * 4
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason='JAX 0.10 converts a bfloat16 table to float32 on CPUs')

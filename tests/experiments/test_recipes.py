@@ -36,6 +36,7 @@ CLAIMS = {
         (r'a fixed center, .* step norm', 0, 0),
         (r'a moving center, .* step norm', 1e-4, 10),
     ],
+    'embedding': [(r'test accuracy', 0.85, 1), (r'share 0.01:', 0, 1e4), (r'by rows,', 0, 1e4)],
     'fixed_anchors': [
         (r'one-hot: .* AUROC of unknown classes', 0.88, 1),
         (r'simplex: .* AUROC of unknown classes', 0.88, 1),

@@ -19,6 +19,7 @@ import centerloss_jax as clj
 X, C, LABELS = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32), np.array([0, 2, 1, 0])
 ROWS = clj.RowUpdates(jnp.array([1, 0]), jnp.ones((2, 2)))
 GRADIENT = clj.RowUpdates(ROWS.indices, ROWS.values, kind='gradient')
+CENTER_ROWS = clj.center_rows(X, C, LABELS)
 NARROW, KEYS = np.ones((3, 2), jnp.float8_e4m3fn), jax.random.split(jax.random.key(0), 4)
 RAGGED: Any = [[0], [1, 2], [1], [2]]
 NONE: Any = None
@@ -47,6 +48,14 @@ def move(updates: Any = ROWS, params: Any = C, alpha: Any = 0.5, **options):
     def call():
         transform: Any = clj.center_update(alpha, **options)
         return transform.update(updates, transform.init(params), params)
+
+    return call
+
+
+def row_step(updates: Any = GRADIENT, params: Any = C, optimizer: Any = None, given: Any = True, **options):
+    def call():
+        transform: Any = clj.by_rows(optax.sgd(0.1) if optimizer is None else optimizer, **options)
+        return transform.update(updates, transform.init(params), params if given else None)
 
     return call
 
@@ -246,7 +255,25 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (move(params=np.float32(1)), ValueError, r'table of the rows must have shape \[C, D\].*\[\]'),
         (move(params=np.ones((3, 5), np.float32)), ValueError, r'rows of 2 features.*table \[3, 5\]'),
     ],
+    'by_rows': [
+        (row_step(optimizer=0.1), TypeError, r'optimizer must be an optax optimizer.*0\.1'),
+        (row_step(optimizer=optax.adam), TypeError, r'optimizer must be an optax optimizer.*function'),
+        (row_step(optimizer=optax.lamb(0.1)), ValueError, r'by_rows.*each row by itself'),
+        (row_step(optimizer=optax.MultiSteps(optax.sgd(0.1), 2)), TypeError, r'by_rows accumulates'),
+        (row_step(mesh='data'), TypeError, r"mesh must be a jax.sharding.Mesh.*'data'"),
+        (row_step(axis_name='btach'), NameError, r"axis_name='btach'"),
+        (row_step(params=C.astype(int)), TypeError, r'a table of by_rows must be floating point.*int'),
+        (row_step(params=C[0]), ValueError, r'a table of by_rows must have shape \[C, D\].*\[2\]'),
+        (row_step(params=C, given=False), ValueError, r'by_rows takes the tables too'),
+        (row_step(params=np.ones((3, 5), np.float32)), ValueError, r'rows of 2 features.*table \[3, 5\]'),
+        (row_step(updates=C), TypeError, r'by_rows takes RowUpdates.*float32\[3,2\]'),
+        (row_step(updates={}, params={}), TypeError, r'by_rows takes RowUpdates.*nothing'),
+        (row_step(updates=CENTER_ROWS), TypeError, r"by_rows.*kind 'centers'.*center_update"),
+        (row_step(updates={'a': GRADIENT}, params={'b': C}), ValueError, r"'b'"),
+    ],
     'with_centers': [
+        (model_step(classifier=0.1), TypeError, r'classifier must be an optax optimizer.*0\.1'),
+        (model_step(classifier=clj.by_rows(optax.sgd(0.1))), ValueError, r'no centers and no classifier'),
         (model_step(optimizer=0.1), TypeError, r'optimizer must be an optax optimizer.*0\.1'),
         (model_step(optimizer=optax.adam), TypeError, r'optimizer must be an optax optimizer.*function'),
         (model_step(alpha=None), TypeError, r'alpha must be a number.*None'),
@@ -336,6 +363,9 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (of_nnx(centers_init=lambda *_: jnp.ones(3)), ValueError, r'centers_init.*\[3, 2\], got \[3\]'),
         (of_nnx(x=np.ones((4, 5), np.float32)), ValueError, r'x must have shape.*D=2.*\[4, 5\]'),
     ],
+    'nnx.Classifier': [
+        (row_step(params=clj.nnx.Classifier(jnp.ones(2))), ValueError, r'table of by_rows must have shape.*\[2\]'),
+    ],
     'nnx.Centers': [
         (loss(centers=clj.nnx.Centers(jnp.ones(2))), ValueError, r'centers must have shape.*\[2\]'),
         (loss(centers=clj.nnx.Centers(jnp.ones((3, 2), int))), TypeError, r'centers must be floating point.*int'),
@@ -349,9 +379,9 @@ CASES = [
 
 
 def test_every_public_name_is_in_the_table():
-    functions = {'linen': {'linen.CenterLoss'}, 'nnx': {'nnx.CenterLoss', 'nnx.Centers'}}
+    functions = {'linen': {'linen.CenterLoss'}, 'nnx': {'nnx.CenterLoss', 'nnx.Centers', 'nnx.Classifier'}}
     names = set[str]().union(*(functions.get(name, {name}) for name in clj.__all__))
-    assert set(BAD) == names - {'CenterUpdateState'}  # which takes anything, as every NamedTuple does
+    assert set(BAD) == names - {'CenterUpdateState', 'ByRowsState'}  # NamedTuples, which take anything
 
 
 @pytest.mark.parametrize(('call', 'error', 'message'), CASES)
