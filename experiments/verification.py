@@ -38,6 +38,11 @@ class Config(Settings, HeldOut):
 
     out: Folder = Path('runs/verification')
     """folder for the files of the run"""
+    # Comparison has these fields too, and would decide their defaults.
+    feature_dim: int = HeldOut.feature_dim
+    """number of feature dimensions"""
+    seed: int = HeldOut.seed
+    """first random seed of the initialization and of the order of the examples"""
 
 
 def main(config: Config) -> None:

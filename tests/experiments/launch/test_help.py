@@ -37,6 +37,17 @@ def test_help_and_an_unknown_flag_import_nothing_slow():
     assert not {*SLOW} & {*modules.split()}
 
 
+@pytest.mark.parametrize(
+    ('program', 'feature_dim', 'seed'), [('toy2d', 2, 'random'), ('verification', 64, 'first'), ('sweep', 64, 'first')]
+)
+def test_a_program_has_the_defaults_that_its_results_were_made_with(capsys, program, feature_dim, seed):
+    experiment = importlib.import_module(f'experiments.{program}')
+    assert experiment.Config().feature_dim == feature_dim
+    assert run(experiment, '--help') == 0
+    said = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
+    assert f'--seed INT {seed}' in said
+
+
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_help_lists_data_folder_and_epochs_first_and_the_devices_last(program):
     config = importlib.import_module(f'experiments.{program}').Config
