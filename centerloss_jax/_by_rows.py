@@ -123,6 +123,7 @@ def by_rows(
         if params is None:
             raise ValueError('by_rows takes the tables too: pass them as update(rows, state, tables)')
         tables = meta.unbox(rows_def.flatten_up_to(params))  # a table may be in a box, as by nn.with_partitioning
+        tables = [check_table(table, 'a table of by_rows') for table in tables]
         sums = [_sum_rows(*pair, axis_name, mesh) for pair in zip(rows, tables, strict=True)]
         index, gradients, dropped = zip(*sums, strict=True)
 
@@ -134,7 +135,7 @@ def by_rows(
 
         treedef = jax.tree.structure(params)
         owners = _owners(optimizer, treedef, tables)
-        leaves, state_def = jax.tree.flatten(state.inner_state)
+        leaves, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, state.inner_state))
         inner_updates, inner_state = optimizer.update(
             treedef.unflatten(gradients),
             state_def.unflatten(map(take, leaves, owners)),

@@ -39,7 +39,8 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
     Example:
       >>> import centerloss_jax as clj
       >>> import jax
-      >>> classes = clj.sample_classes(jax.random.key(0), [70, 3, 3, -1], num_classes=100, num_sampled=5)
+      >>> key, labels = jax.random.key(0), [70, 3, 3, -1]
+      >>> classes = clj.sample_classes(key, labels, num_classes=100, num_sampled=5)
       >>> classes.shape, 3 in classes, 70 in classes
       ((5,), True, True)
 

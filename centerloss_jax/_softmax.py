@@ -72,7 +72,8 @@ def class_softmax(
     Example:
       >>> import centerloss_jax as clj
       >>> import jax.numpy as jnp
-      >>> x, table = jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+      >>> table = jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
       >>> round(clj.class_softmax(x, table, jnp.array([2, 0])).item(), 4)
       2.0627
 

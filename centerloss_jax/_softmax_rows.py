@@ -67,7 +67,8 @@ def class_softmax_and_rows(
       >>> table = jnp.zeros((1000, 2))
       >>> def loss_fn(x):
       ...     return clj.class_softmax_and_rows(x, table, jnp.array([7]), classes=jnp.array([7, 500]))
-      >>> (loss, rows), grad = jax.value_and_grad(loss_fn, has_aux=True)(jnp.array([[2.0, 4.0]]))
+      >>> x = jnp.array([[2.0, 4.0]])
+      >>> (loss, rows), grad = jax.value_and_grad(loss_fn, has_aux=True)(x)
       >>> rows.indices.tolist(), rows.values.tolist()
       ([7, 500], [[-1.0, -2.0], [1.0, 2.0]])
     """
@@ -114,7 +115,8 @@ def margin_softmax_and_rows(
       >>> import centerloss_jax as clj
       >>> import jax.numpy as jnp
       >>> x, table = jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0], [2.0, 0.0]])
-      >>> loss, rows = clj.margin_softmax_and_rows(x, table, jnp.array([0]), scale=10.0, weight=0.5)
+      >>> y = jnp.array([0])
+      >>> loss, rows = clj.margin_softmax_and_rows(x, table, y, scale=10.0, weight=0.5)
       >>> round(loss.item(), 4), rows.indices.tolist()
       (1.0635, [0, 1])
     """
@@ -163,7 +165,8 @@ def distance_softmax_and_rows(
       >>> import centerloss_jax as clj
       >>> import jax.numpy as jnp
       >>> x, centers = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 1.0], [3.0, 2.0]])
-      >>> loss, rows = clj.distance_softmax_and_rows(x, centers, jnp.array([0]), center_weight=0.1)
+      >>> y = jnp.array([0])
+      >>> loss, rows = clj.distance_softmax_and_rows(x, centers, y, center_weight=0.1)
       >>> round(loss.item(), 4), rows.indices.tolist()
       (0.1486, [0, 1])
     """

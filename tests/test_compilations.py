@@ -37,6 +37,9 @@ MODEL_STATE = WITH_CENTERS.init(MODEL)
 NNX_CENTER = clj.nnx.CenterLoss(5, 3, rngs=nnx.Rngs(0))
 LINEN_CENTER = clj.linen.CenterLoss(5)
 STATISTICS = clj.class_statistics(X, LABELS, 5)
+BY_ROWS: Any = clj.by_rows(optax.adam(0.1))
+BY_ROWS_STATE = BY_ROWS.init(CENTERS)
+GRADIENT = clj.RowUpdates(LABELS, X, kind='gradient')
 STACKED = jax.tree.map(lambda *leaves: jnp.stack(leaves), ROWS, ROWS)
 
 
@@ -67,6 +70,7 @@ CALLS = {
     'center_update, C > N': lambda: update(TRANSFORM, ROWS, STATE, MANY_CENTERS),
     'center_update, without params': lambda: TRANSFORM.update(ROWS, STATE),
     'with_centers': lambda: update(WITH_CENTERS, {'params': jnp.ones(3), 'centers': ROWS}, MODEL_STATE, MODEL),
+    'by_rows': lambda: update(BY_ROWS, GRADIENT, BY_ROWS_STATE, CENTERS),
     'class_softmax': lambda: clj.class_softmax(X, CENTERS, LABELS, where=WHERE),
     'margin_softmax, its gradients': lambda: jax.grad(clj.margin_softmax, (0, 1))(X, CENTERS, LABELS),
     'distance_softmax': lambda: clj.distance_softmax(X, CENTERS, LABELS, temperature=2.0),
@@ -98,9 +102,9 @@ def test_only_the_first_of_many_eager_calls_compiles(call):
 
 
 def test_every_public_name_is_here():
-    # CenterUpdateState and ClassStatistics are types that other functions return.
+    # These are types that other functions return.
     called = {word.strip(',') for name in CALLS for word in name.replace('.', ' ').split()}
-    assert set(clj.__all__) - called == {'CenterUpdateState'}
+    assert set(clj.__all__) - called == {'ByRowsState', 'CenterUpdateState'}
 
 
 def test_check_replicas_compiles_once_for_each_shape():
