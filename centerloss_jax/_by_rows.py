@@ -1,4 +1,4 @@
-"""Any optax optimizer, run on the rows of a table that a step touches.
+"""An optax optimizer, run on the rows of a table that a step touches.
 
 The state of an optimizer has leaves with a row for each row of the table, such as moments, and leaves that all rows
 share, such as step counts. A step takes the touched rows of the table and of such leaves, runs the optimizer on them as
@@ -34,9 +34,9 @@ class ByRowsState(NamedTuple):
     """State of `by_rows`.
 
     Attributes:
-      dropped: int32 `[]`, number of rows dropped since the start. Rows are dropped if they or their squared norm are
-        not finite, if their index is C or more, or if arithmetic has changed them.
-      step_norm: float32 `[]`, Euclidean norm of the last update of all tables together.
+      rows_dropped: int32 `[]`, number of rows dropped since the start. Rows are dropped if they or their squared norm
+        are not finite, if their index is C or more, or if arithmetic has changed them.
+      update_norm: float32 `[]`, Euclidean norm of the last update of all tables together.
       inner_state: state of the wrapped optimizer, with the structure and the shapes of its state for whole tables.
 
     Example:
@@ -47,8 +47,8 @@ class ByRowsState(NamedTuple):
       (3, 2)
     """
 
-    dropped: Array
-    step_norm: Array
+    rows_dropped: Array
+    update_norm: Array
     inner_state: Any
 
 
@@ -62,19 +62,23 @@ def by_rows(
 
     .. math:: (u_J, s_J) = \mathrm{update}(g_J, s_J, t_J), \quad g_j = \sum_{i: k_i = j} v_i, \quad J = \{k_i\}
 
-    for rows :math:`v_i` with indices :math:`k_i`, the table t and the state s. All other rows of the table and of the
-    state keep their bits: momentum, moments and weight decay move touched rows alone, as in PyTorch's SparseAdam. Step
-    counts are shared, so schedules and bias corrections follow the steps of the whole table. Where a step touches each
-    row, it is the step of `optimizer` with a dense gradient.
+    for rows :math:`v_i` with indices :math:`k_i`, the table t, the state s and the updates u. All other rows of the
+    table and of the state keep their bits: moments of other rows do not decay, as in PyTorch's SparseAdam, and neither
+    momentum nor weight decay moves these rows. Step counts are shared, so schedules and bias corrections follow the
+    steps of the whole table: a row that Adam first touches late moves by about three learning rates, since the bias
+    correction is over by then. Where a step touches each row, it is the step of `optimizer` with a dense gradient.
 
-    The optimizer must treat each row by itself, as sgd, adam, adamw, adagrad, rmsprop and lion do. `init` tries it on
-    two rows and raises an error if it reduces over the rows of a table. Accumulate by `concatenate_rows`.
+    The optimizer must treat each row by itself, as sgd, adam, adamw, adagrad, rmsprop and lion do. `init` tries one
+    step of it on two rows and raises an error if the step reduces over the rows. An optimizer that reduces over them in
+    later steps alone is not noticed, nor one whose learning rate is traced at `init`. Accumulate by
+    `concatenate_rows`.
 
     A row is dropped if it holds a NaN or an Inf or if its squared norm overflows. A table below float32 is moved by the
     optimizer in float32 and rounded once; its state is float32, unless an argument such as `mu_dtype` says otherwise.
 
     Args:
-      optimizer: optax optimizer. Schedules, masks and `optax.inject_hyperparams` work inside.
+      optimizer: optax optimizer that needs the gradients, its state and the parameters alone. Schedules, masks and
+        `optax.inject_hyperparams` work inside.
       axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`. The rows of all devices are
         gathered and divided by the number of devices, as `jax.lax.pmean` does with gradients.
       mesh: the mesh of Auto axes under `jax.jit`. See `center_update`.
@@ -82,7 +86,7 @@ def by_rows(
     Returns:
       An `optax.GradientTransformation` for a tree of tables `[C, D]` from RowUpdates `[N, D]` to RowUpdates that move
       the tables: one row for each row of the table where C <= N, else N. Its state is
-      `ByRowsState(dropped, step_norm, inner_state)`.
+      `ByRowsState(rows_dropped, update_norm, inner_state)`.
 
     Raises:
       TypeError: if optimizer is no optax optimizer, or mesh no mesh; from `init`, if the optimizer accumulates, or a
@@ -147,8 +151,8 @@ def by_rows(
         ]
         moved = [RowUpdates(*pair, kind=old.kind) for *pair, old in zip(index, moves, rows, strict=True)]
         return treedef.unflatten(moved), ByRowsState(
-            dropped=state.dropped + sum(dropped),
-            step_norm=jnp.asarray(optax.tree.norm(moves), jnp.float32),
+            rows_dropped=state.rows_dropped + sum(dropped),
+            update_norm=jnp.asarray(optax.tree.norm(moves), jnp.float32),
             inner_state=state_def.unflatten(leaves),
         )
 

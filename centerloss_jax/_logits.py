@@ -22,7 +22,10 @@ class InnerProduct(NamedTuple):
 
 
 class Cosine(NamedTuple):
-    """s cos(theta), and s (cos(theta + angular_margin) - additive_margin) for the own class."""
+    """s cos(theta), and s (cos(theta + angular_margin) - additive_margin) for the own class.
+
+    Where theta + angular_margin > pi it is s (cos(theta) - angular_margin sin(angular_margin) - additive_margin).
+    """
 
     scale: Array
     angular_margin: Array
@@ -34,7 +37,7 @@ class Cosine(NamedTuple):
     def own(self, x: Array, row: Array) -> Array:
         x, row = unit(x), unit(row)
         cosine = jnp.sum(x * row, axis=-1)
-        # It keeps its digits and a bounded gradient at 0 and pi, where sqrt(1 - cosine^2) has neither.
+        # |u - v| |u + v| / 2 keeps its digits and a bounded gradient at 0 and pi, where sqrt(1 - cosine^2) has neither.
         sine = norm(x - row) * norm(x + row) / 2
         sine = jnp.where(is_zero(x) | is_zero(row), 1, sine)
         cos_margin, sin_margin = jnp.cos(self.angular_margin), jnp.sin(self.angular_margin)
@@ -44,7 +47,7 @@ class Cosine(NamedTuple):
 
 
 class StraightThroughCosine(Cosine):
-    """Has the values of Cosine; the derivative of each logit for its cosine is s."""
+    """Logits with the values of Cosine. Their gradient ignores the margins."""
 
     def own(self, x: Array, row: Array) -> Array:
         without_margin = self.scale * jnp.sum(unit(x) * unit(row), axis=-1)

@@ -52,9 +52,9 @@ class RowUpdates:
     several passes by `concatenate_rows`. A `jax.lax.pmean` of the floating leaves alone is not detected, since it
     leaves constants as they are.
 
-    The kind of rows says what moves their table, so that no transform takes the rows of another: `center_update` takes
-    'centers', the differences c - x of `center_rows`, and refuses 'gradient', the gradient of a loss for the rows of
-    its table. Each takes rows without a kind. The kind is static, and updates keep the kind of their rows.
+    The kind of rows says what moves their table. `center_update` takes 'centers', the differences c - x of
+    `center_rows`. `by_rows` takes 'gradient', the gradient of a loss for rows of its table. Each refuses the kind of
+    the other, and takes rows without a kind. The kind is static, and updates keep the kind of their rows.
 
     Rows that `jax.vmap`, `jax.lax.scan` or `jax.pmap` has stacked have leading axes: indices `[..., N]` and values
     `[..., N, D]`. `concatenate_rows` joins them into rows that can be added to a table.
@@ -192,7 +192,7 @@ def check_rows(leaves: list[Any], transform: str, kind: Kind, source: str) -> No
             got = 'nothing' if leaf is None else type_name(leaf) if hasattr(leaf, 'dtype') else type(leaf).__name__
             raise TypeError(
                 f'{transform} takes RowUpdates in the place of a gradient for its tables: pass {source}, got {got}. '
-                'Transforms that accumulate or average, such as optax.MultiSteps, go inside with_centers'
+                'Transforms that accumulate or average, such as optax.MultiSteps, go into the optimizer of with_centers'
             )
         if leaf.kind not in (kind, None):
             other = 'by_rows(optimizer)' if leaf.kind == 'gradient' else 'center_update'
@@ -205,7 +205,7 @@ def check_rows(leaves: list[Any], transform: str, kind: Kind, source: str) -> No
 def gather_finite(rows: RowUpdates, table: Array | None, axis_name: AxisName | None, mesh: Mesh | None):
     """Returns the index, values and scale of the rows of all devices, their squared norms, and how many are dropped.
 
-    The index is DROPPED for the rows that are left out or dropped, as those are whose squared norm is not finite.
+    The index is DROPPED for ignored rows, for dropped rows, and for rows whose squared norm is not finite.
     """
     index, values, scale = resolve(rows, table)
     if axis_name is not None:

@@ -17,9 +17,8 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
     The others are drawn uniformly without replacement. Time and memory grow with S log S + B log B, S the number of
     sampled classes and B of labels, and not with the number of classes.
 
-    A softmax over the sample is not corrected by the log of the probability that a class is drawn: the classes of the
-    batch are always there, and the others are drawn rarely. Its loss is below the loss over all classes, and its
-    gradient is not an unbiased estimate of theirs. That is the loss of Partial FC.
+    As in Partial FC, a softmax over the sample is not corrected by the log of the probability that a class is drawn.
+    Its loss is below the loss over all classes, and its gradient is a biased estimate of the gradient of that loss.
 
     Args:
       key: a key of `jax.random`.

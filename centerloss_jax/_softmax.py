@@ -2,7 +2,7 @@
 
 The loss of an example is log(1 + exp(others - own)), with `own` the logit of its class, and `others` the log-sum-exp of
 the logits of all other classes. Only `own` has a margin, and it is taken from the example's own row. `others` is summed
-over blocks of classes. Classes spread over devices would be a log-sum-exp of the `others` of the devices.
+over blocks of classes.
 """
 
 import math
@@ -44,9 +44,12 @@ def class_softmax(
     .. math:: L = -\frac{1}{B} \sum_i \log \frac{\exp(x_i \cdot w_{y_i})}{\sum_j \exp(x_i \cdot w_j)}
 
     It equals the cross-entropy of the logits `x @ table.T`, without the `[B, C]` array: classes are taken in blocks,
-    and a gradient computes their logits again. Memory is O(B * block_size + C * D). float16 and bfloat16 inputs are
-    computed in float32. A bias is a column of the table, with a 1 appended to x. On accelerators the products have the
-    precision of `jax.default_matmul_precision`, as `x @ table.T` has.
+    and a gradient computes their logits again. Memory is O(B * block_size + B * C / block_size + C * D). float16 and
+    bfloat16 inputs are computed in float32. A bias is a column of the table, with a 1 appended to x. On accelerators
+    the products have the precision of `jax.default_matmul_precision`, as `x @ table.T` has.
+
+    The mean is that of the examples on this device, and the table is whole. Rows of Inf, with which `shard_centers`
+    pads a table, make the loss infinite or NaN.
 
     An example is ignored if its label is negative or `where` is False. It enters neither the value nor the denominator
     of the mean nor any gradient, whatever it holds. If every example is ignored the loss is 0.

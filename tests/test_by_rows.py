@@ -81,8 +81,8 @@ def test_a_touched_row_takes_the_step_of_the_dense_optimizer(optimizer):
 
     np.testing.assert_allclose(moved[TOUCHED, :], expected[TOUCHED, :], rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(moved[UNTOUCHED, :], table[UNTOUCHED, :])
-    np.testing.assert_allclose(state.step_norm, np.linalg.norm(moved - table), rtol=1e-4)
-    assert state.dropped == 0
+    np.testing.assert_allclose(state.update_norm, np.linalg.norm(moved - table), rtol=1e-4)
+    assert state.rows_dropped == 0
     for new, old, whole in zip(*map(jax.tree.leaves, (state.inner_state, inner, expected_inner)), strict=True):
         if new.shape == (C, D):
             np.testing.assert_allclose(new[TOUCHED, :], whole[TOUCHED, :], rtol=1e-6, atol=1e-7)
@@ -175,7 +175,7 @@ def test_a_bad_row_is_dropped_and_counted(content, index):
     indices[1], values[1, 0] = index, content
     moved, state = adam_step(rows_of(indices, values), ADAM.init(TABLE), TABLE)
     without, state_without = adam_step(rows_of(np.array([5, -1, 5, -1, 0])), ADAM.init(TABLE), TABLE)
-    assert state.dropped == 1
+    assert state.rows_dropped == 1
     chex.assert_trees_all_equal(moved, without)
     chex.assert_trees_all_equal(state.inner_state, state_without.inner_state)
 
@@ -183,8 +183,8 @@ def test_a_bad_row_is_dropped_and_counted(content, index):
 def test_rows_that_were_summed_move_nothing():
     moved, state = adam_step(jax.tree.map(jnp.add, rows_of(), rows_of()), ADAM.init(TABLE), TABLE)
     np.testing.assert_array_equal(moved, TABLE)
-    assert state.dropped == len(INDICES)
-    assert state.step_norm == 0
+    assert state.rows_dropped == len(INDICES)
+    assert state.update_norm == 0
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
@@ -226,7 +226,7 @@ def test_two_tables_of_one_shape_have_a_state_each():
     chex.assert_trees_all_close(both, {name: moved for name, (moved, _) in apart.items()}, rtol=1e-6)
     for name, (_, own_state) in apart.items():
         chex.assert_trees_all_close(optax.tree.get(state, 'nu')[name], optax.tree.get(own_state, 'nu'), rtol=1e-6)
-    np.testing.assert_allclose(state.step_norm**2, sum(s.step_norm**2 for _, s in apart.values()), rtol=1e-5)
+    np.testing.assert_allclose(state.update_norm**2, sum(s.update_norm**2 for _, s in apart.values()), rtol=1e-5)
 
 
 def test_a_boxed_table_keeps_its_box():
@@ -306,6 +306,9 @@ def test_a_train_state_moves_params_centers_and_classifier(expected_model):
     new = jax.jit(lambda state: state.apply_gradients(grads=grads))(state)
     got = new.params['params'], new.params['centers']['c'], new.params['classifier']['w']
     chex.assert_trees_all_close(got, expected_model, rtol=1e-6, atol=1e-6)
+    moved = [np.linalg.norm(new - old) for new, old in zip(got[1:], (CENTERS, TABLE), strict=True)]
+    norms = [optax.tree.get(new.opt_state, name) for name in ('step_norm', 'update_norm')]
+    np.testing.assert_allclose(norms, moved, rtol=1e-4)
 
 
 class Model(nnx.Module):

@@ -19,8 +19,8 @@ def log_sum_exp_of_others(
     return jax.nn.logsumexp(jnp.where(is_own, -jnp.inf, logits(x, rows)), axis=-1)
 
     Takes the rows in blocks and keeps `[B, block]`, never `[B, N]`. The checkpoint makes a derivative compute the
-    logits of a block again. It is the lowest number and not -Inf that leaves a row out, since Inf - Inf is NaN in
-    derivatives.
+    logits of a block again. Half of the lowest number leaves a row out, and is the result where no other row is left:
+    with -Inf, derivatives would hold Inf - Inf, a NaN.
     """
     num_rows, num_features = rows.shape
     num_blocks = -(-num_rows // block_size)
