@@ -45,6 +45,11 @@ def row_step(x, table, labels):
     return update(transform, clj.RowUpdates(labels, x, kind='gradient'), transform.init(table), table)
 
 
+def sampled_step(x, table, labels):
+    classes = clj.sample_classes(jax.random.key(0), labels, len(table), len(table) - 2)
+    return clj.margin_softmax_and_rows(x, table, labels, classes=classes)
+
+
 def statistics(x, table, labels):
     total = clj.class_statistics(x, labels, len(table))
     total = total.merge(clj.class_statistics(2 * x, labels, len(table)))
@@ -72,6 +77,12 @@ FUNCTIONS = {
     'center_update': table_step,
     'with_centers and concatenate_rows': model_step,
     'by_rows': row_step,
+    'class_softmax': jax.grad(clj.class_softmax, (0, 1)),
+    'margin_softmax': jax.grad(clj.margin_softmax, (0, 1)),
+    'distance_softmax': jax.grad(clj.distance_softmax, (0, 1)),
+    'class_softmax_and_rows': clj.class_softmax_and_rows,
+    'distance_softmax_and_rows': partial(clj.distance_softmax_and_rows, center_weight=0.1),
+    'margin_softmax_and_rows and sample_classes': sampled_step,
     'nearest_center': lambda x, table, labels: clj.nearest_center(x, table, block_size=4),
     'class_statistics': statistics,
     'linen.CenterLoss': linen_module,
