@@ -98,6 +98,7 @@ def test_any_other_error_of_an_arm_is_raised():
         turns.measure_problem({'broken': broken}, PROBLEM, 1, lambda *words: None)
 
 
+@pytest.mark.slow
 def test_numbers_are_written_to_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(turns, 'TURNS', 1)
     out = tmp_path / 'a b'

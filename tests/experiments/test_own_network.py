@@ -38,6 +38,7 @@ def arrays_of(out: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_running_statistics_and_dropout_are_resumed_bit_for_bit(trained, tmp_path):
     flags = (*QUICK, '--model', MODEL, '--out', tmp_path / 'run', '--resume')
     assert run(*flags, '--epochs', 1) == 0

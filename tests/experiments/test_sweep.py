@@ -40,6 +40,7 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_row_for_each_cell_and_softmax_alone_and_pictures(whole):
     rows = table(whole)
     found = {(row['center_weight'], row['alpha'], row['seed']) for row in rows}
@@ -67,6 +68,7 @@ def test_a_cell_that_the_system_fails_to_read_is_not_done_again(tmp_path):
         cell.done(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was_and_does_no_cell_twice(whole, tmp_path, capsys):
     out = tmp_path / 'sweep'
     shutil.copytree(whole, out)

@@ -68,6 +68,7 @@ def interrupt_at(monkeypatch, before: int, step: int, signum: int) -> None:
     monkeypatch.setattr(Progress, 'report', interrupting)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_both_arms_says_how_to_go_on_and_ends_as_if_it_had_not(
     whole, tmp_path, monkeypatch, capsys
 ):
