@@ -70,8 +70,8 @@ def by_rows(
 
     The optimizer must treat each row by itself, as sgd, adam, adamw, adagrad, rmsprop and lion do. `init` tries one
     step of it on two rows and raises an error if the step reduces over the rows. An optimizer that reduces over them in
-    later steps alone is not noticed, nor one whose learning rate is traced at `init`. Accumulate by
-    `concatenate_rows`.
+    later steps alone is not noticed, nor one whose learning rate is traced at `init`, nor one that draws noise by the
+    place of a row in the step. Accumulate by `concatenate_rows`.
 
     A row is dropped if it holds a NaN or an Inf or if its squared norm overflows. A table below float32 is moved by the
     optimizer in float32 and rounded once; its state is float32, unless an argument such as `mu_dtype` says otherwise.
@@ -168,7 +168,9 @@ def _sum_rows(rows: RowUpdates, table: Array, axis_name: AxisName | None, mesh: 
     index, values, scale, _, dropped = gather_finite(rows, table, axis_name, mesh)
     if axis_name is not None:
         scale = scale / jax.lax.axis_size(axis_name)
-    if at_most(table.shape[0], index.size):
+    if index.size == 0:
+        unique, sums = index, values
+    elif at_most(table.shape[0], index.size):
         unique, sums = class_sums(index, values, scale, table.shape[0])
     else:
         unique, sums = sums_in_first_rows(index, values, scale, table.shape[0])
@@ -225,7 +227,8 @@ def _check_row_by_row(optimizer: optax.GradientTransformation, treedef: Any, tab
     by_row = shapes == [leaf.shape for leaf in jax.tree.leaves(state)]
     if by_row:
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-            pairs = zip(first_rows(1.0), first_rows(jnp.nan), strict=True)
+            expected = first_rows(1.0)
+            pairs = [pair for second in (jnp.nan, 1000.0) for pair in zip(expected, first_rows(second), strict=True)]
             same = [jnp.all((a == b) | (a != a) & (b != b)) for a, b in pairs]
         # Under a traced learning rate nothing is known.
         by_row = all(isinstance(known, Tracer) or known for known in same)

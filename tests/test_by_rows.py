@@ -99,6 +99,9 @@ REDUCES: dict[str, Any] = {
     'apply_if_finite': optax.apply_if_finite(optax.adam(0.1), 3),
     'normalize_by_update_norm': optax.normalize_by_update_norm(),
     'scale_by_param_block_rms': optax.scale_by_param_block_rms(),
+    'a reduction that ignores NaN': optax.stateless(
+        lambda updates, _: jax.tree.map(lambda a: a * jnp.nanmax(jnp.abs(a)), updates)
+    ),
     'lamb': optax.lamb(0.1),
     'lars': optax.lars(0.1),
     'novograd': optax.novograd(0.1),
@@ -194,6 +197,15 @@ def test_a_narrow_table_moves_in_float32_and_is_rounded_once(dtype):
     wide, wide_state = adam_step(rows_of(), ADAM.init(narrow.astype(jnp.float32)), narrow.astype(jnp.float32))
     np.testing.assert_array_equal(moved, wide.astype(dtype))
     chex.assert_trees_all_equal(state, wide_state)
+
+
+def test_a_step_without_rows_changes_the_step_count_alone():
+    state = ADAM.init(TABLE)
+    moved, new = adam_step(rows_of(np.zeros(0, np.int32), np.zeros((0, D), np.float32)), state, TABLE)
+    np.testing.assert_array_equal(moved, TABLE)
+    assert optax.tree.get(new, 'count') == 1
+    assert new.update_norm == 0
+    chex.assert_trees_all_equal(optax.tree.get(new, 'mu'), optax.tree.get(state, 'mu'))
 
 
 def test_the_state_has_the_dtype_that_the_optimizer_is_given():
