@@ -35,7 +35,9 @@ class Cosine(NamedTuple):
         return self.scale * (unit(x) @ unit(rows).T)
 
     def own(self, x: Array, row: Array) -> Array:
-        x, row = unit(x), unit(row)
+        return self.scale * self.own_cosine(unit(x), unit(row))
+
+    def own_cosine(self, x: Array, row: Array) -> Array:
         cosine = jnp.sum(x * row, axis=-1)
         # |u - v| |u + v| / 2 keeps its digits and a bounded gradient at 0 and pi, where sqrt(1 - cosine^2) has neither.
         sine = norm(x - row) * norm(x + row) / 2
@@ -43,15 +45,15 @@ class Cosine(NamedTuple):
         cos_margin, sin_margin = jnp.cos(self.angular_margin), jnp.sin(self.angular_margin)
         moved = cosine * cos_margin - sine * sin_margin  # cos(theta + angular_margin)
         beyond = cosine - self.angular_margin * sin_margin
-        return self.scale * (jnp.where(cosine < -cos_margin, beyond, moved) - self.additive_margin)
+        return jnp.where(cosine < -cos_margin, beyond, moved) - self.additive_margin
 
 
 class StraightThroughCosine(Cosine):
     """Logits with the values of Cosine. Their gradient ignores the margins."""
 
-    def own(self, x: Array, row: Array) -> Array:
-        without_margin = self.scale * jnp.sum(unit(x) * unit(row), axis=-1)
-        return without_margin + jax.lax.stop_gradient(super().own(x, row) - without_margin)
+    def own_cosine(self, x: Array, row: Array) -> Array:
+        cosine = jnp.sum(x * row, axis=-1)
+        return cosine + jax.lax.stop_gradient(super().own_cosine(x, row) - cosine)
 
 
 class SquaredDistance(NamedTuple):

@@ -418,3 +418,14 @@ def test_a_batch_spread_over_devices_passes_the_check_of_shard_map(name):
     loss, rows = jax.eval_shape(step, x, table, labels)
     assert loss.shape == ()
     assert rows.shape == (22, 4)
+
+
+def test_straight_through_has_the_derivative_for_the_scale():
+    x, table, labels = np.array([[1.0, 2.0], [3.0, -1.0]]), np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), [2, 0]
+
+    def loss(scale, straight_through):
+        margins: Any = {'angular_margin': 0.5, 'additive_margin': 0.1, 'straight_through': straight_through}
+        return clj.margin_softmax(x, table, labels, scale=scale, **margins)
+
+    for_scale = [jax.grad(loss)(5.0, straight_through) for straight_through in (False, True)]
+    np.testing.assert_allclose(*for_scale, rtol=1e-5)
