@@ -246,7 +246,7 @@ def as_integers(labels: ArrayLike | Sequence, name: str = 'labels') -> HostOrDev
     if isinstance(labels, list) and array.size == 0:
         array = array.astype(np.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        hint = 'cast them with labels.astype(int)' if array.ndim < 2 else 'for one-hot labels pass labels.argmax(-1)'
+        hint = f'cast them with {name}.astype(int)' if array.ndim < 2 else 'for one-hot labels pass labels.argmax(-1)'
         hint = 'a mask is passed as where=' if array.dtype == bool else hint
         raise TypeError(f'{name} must be integers, got {type_name(array)}; {hint}')
     return array
