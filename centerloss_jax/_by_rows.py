@@ -139,7 +139,7 @@ def by_rows(
 
         treedef = jax.tree.structure(params)
         owners = _owners(optimizer, treedef, tables)
-        leaves, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, state.inner_state))
+        leaves, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, state.inner_state))  # restored ones are NumPy's
         inner_updates, inner_state = optimizer.update(
             treedef.unflatten(gradients),
             state_def.unflatten(map(take, leaves, owners)),
