@@ -115,10 +115,11 @@ class Config(DeviceFlags, Grid):
 def main(config: Config) -> None:
     import jax
 
+    from experiments.data.load import load
+    from experiments.data.open_set import divide
     from experiments.launch import output, processes
     from experiments.launch.mesh import choose
     from experiments.launch.run_folder import CELLS, SUMMARY, Run, environment, format_environment
-    from experiments.train.grid import load_open_set
 
     if config.on_cores:  # before JAX initializes a backend, so that no accelerator is reserved
         jax.config.update('jax_platforms', 'cpu')
@@ -131,8 +132,9 @@ def main(config: Config) -> None:
     if run.finished({**config.decisive(), **wanted}, (_TABLE, SUMMARY, ACCURACY, WEIGHTS)):
         console.print(f'the sweep is finished; see {run.out / "report.html"}', highlight=False, soft_wrap=True)
         return
-    open_set = load_open_set(config, config.held_out)
-    for note in open_set.known.notes:
+    data = load(config.dataset, config.data_dir, config.image_size, config.skip_unreadable)
+    open_set = divide(data, config.held_out)
+    for note in (data.overview, *data.notes, *open_set.known.notes):
         console.print(note, highlight=False, soft_wrap=True)
     for note in config.check_data(open_set.known.train):
         console.print(note, highlight=False, soft_wrap=True)

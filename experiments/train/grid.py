@@ -5,7 +5,6 @@ cell is a file, so that a resumed sweep runs only the others. A process runs man
 to start JAX and compile takes longer than a cell of the digits.
 """
 
-import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,8 +20,7 @@ import jax
 import numpy as np
 
 from experiments.data.batches import steps_of, train_batches
-from experiments.data.load import load
-from experiments.data.open_set import OpenSet, divide
+from experiments.data.open_set import OpenSet
 from experiments.launch import processes
 from experiments.launch.errors import DamagedError
 from experiments.launch.flags import Common
@@ -72,14 +70,6 @@ class Task(NamedTuple):
     settings: Common
     similarity: str
     folder: Path
-
-
-def load_open_set(settings: Common, held_out: str) -> OpenSet:
-    """Loads the dataset of a sweep, divided into known and held-out classes."""
-    data = load(settings.dataset, settings.data_dir, settings.image_size, settings.skip_unreadable)
-    open_set = divide(data, held_out)
-    notes = (data.overview, *data.notes, *open_set.known.notes)
-    return dataclasses.replace(open_set, known=dataclasses.replace(open_set.known, notes=notes))
 
 
 def work_on_devices(

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from experiments import sweep
+from experiments.data.load import load
+from experiments.data.open_set import divide
 from experiments.launch.errors import RunError
 from experiments.launch.mesh import choose
 from experiments.launch.stopping import Stop
@@ -113,7 +115,7 @@ def test_workers_train_on_the_data_of_the_sweep_though_an_image_is_added(tmp_pat
         (source / f'{label}').mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[label, number]).save(source / f'{label}' / f'{number}.png')
     config = sweep.Config(dataset=str(source), data_dir=tmp_path, epochs=1, batch_size=32, held_out='2-3')
-    open_set = grid.load_open_set(config, config.held_out)
+    open_set = divide(load(config.dataset, config.data_dir), config.held_out)
     task, cell = Task(config, 'cosine', folder), Cell(0.1, 0.5, 0, 3)
     Trainer(task, open_set, choose('none')).train(cell)
     expected = cell.read(folder)
