@@ -1,5 +1,7 @@
 """Eight CPU devices, a worked example, and a fixture that runs a function on several devices."""
 
+import os
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -11,9 +13,15 @@ import pytest
 # JAX fixes the number of devices when the first one is used.
 jax.config.update('jax_num_cpu_devices', 8)
 
-# Many tests compile the same program: only the first test of a process pays for it.
+# Many tests compile the same program: only the first test of a worker pays for it, and the programs that tests start
+# read its cache too. Workers do not share one, since JAX writes it without a lock. `.ci/run` keeps it for its second run.
 COMPILED = TemporaryDirectory(prefix='compiled')
-jax.config.update('jax_compilation_cache_dir', COMPILED.name)
+cache = Path(os.environ.get('TESTS_COMPILATION_CACHE', COMPILED.name), os.environ.get('PYTEST_XDIST_WORKER', 'main'))
+os.environ |= {
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+}
+jax.config.update('jax_compilation_cache_dir', str(cache))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # The tests run each program a few times: LLVM's optimizations would cost more than they save. tests/compiled has them.

@@ -132,6 +132,7 @@ def test_workers_beside_other_devices_are_one_line_and_exit_code_2(tmp_path, cap
     assert '--workers' in error
 
 
+@pytest.mark.slow
 def test_other_settings_are_another_sweep(whole, tmp_path, capsys):
     out = tmp_path / 'sweep'
     shutil.copytree(whole, out)

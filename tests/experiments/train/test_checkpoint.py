@@ -91,6 +91,7 @@ def test_a_run_that_is_stopped_in_both_arms_says_how_to_go_on_and_ends_as_if_it_
     assert_same_ends(out, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_given_more_epochs_ends_as_if_it_had_had_them_at_once(whole, tmp_path):
     flags = (*QUICK, '--out', tmp_path / 'run', '--resume', '--tensorboard')
     assert run(*flags, '--epochs', 1) == 0  # and a run without a save is started
