@@ -10,6 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+# XLA reads its flags once. Its older emitters of fused loops take half the time to compile. `.ci/run` runs tests/compiled
+# without these flags too.
+os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
+
 # JAX fixes the number of devices when the first one is used.
 jax.config.update('jax_num_cpu_devices', 8)
 
