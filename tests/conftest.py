@@ -10,15 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-# XLA reads its flags once. Its older emitters of fused loops compile in half the time. `.ci/run` runs tests/compiled
-# without these flags too.
+# XLA reads its flags once. Its older emitters of fused loops compile in half the time. Tests that read compiled programs
+# take the newer ones.
 os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 
 # JAX fixes the number of devices when the first one is used.
 jax.config.update('jax_num_cpu_devices', 8)
 
 # Many tests compile the same program: only the first test of a worker pays for it, and the processes that tests start
-# read its cache too. Workers share none, since JAX writes a cache without a lock. `.ci/run` keeps them for its next run.
+# read its cache. Workers share none, since JAX writes a cache without a lock. `.ci/run` keeps them for the slow tests.
 COMPILED = TemporaryDirectory(prefix='compiled')
 cache = Path(os.environ.get('TESTS_COMPILATION_CACHE', COMPILED.name), os.environ.get('PYTEST_XDIST_WORKER', 'main'))
 os.environ |= {

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import centerloss_jax as clj
 from tests.support.problems import make_problem
-from tests.support.programs import collective_sizes, collectives_in_loops
+from tests.support.programs import AS_USERS, collective_sizes, collectives_in_loops
 
 # Far more classes than examples, since XLA may gather a small table. No mesh divides the number of classes.
 B, D, C = 64, 6, 100_003
@@ -92,7 +92,7 @@ def test_the_step_equals_the_step_of_one_device_and_moves_no_table(
     arrays = sharded, put(state, P()), put(x, batch_spec), put(labels, batch_spec)
     lowered = partial(step, mesh=mesh if named_by == 'argument' else None)
     with jax.set_mesh(mesh if named_by == 'set_mesh' else jax.sharding.get_mesh()):
-        compiled = jax.jit(lowered, donate_argnums=0).lower(*arrays).compile()
+        compiled = jax.jit(lowered, donate_argnums=0).lower(*arrays).compile(AS_USERS)
         moved, state, loss, gradient = compiled(*arrays)
 
     assert moved.sharding.is_equivalent_to(sharded.sharding, 2)
@@ -123,7 +123,7 @@ def test_rows_are_added_in_place_without_an_update(axis_type, spec, num_classes)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(table, NamedSharding(mesh, spec))
         batch = jax.device_put((x, labels), NamedSharding(mesh, P('data')))
-        compiled = jax.jit(add, donate_argnums=0).lower(sharded, *batch).compile()
+        compiled = jax.jit(add, donate_argnums=0).lower(sharded, *batch).compile(AS_USERS)
         moved = compiled(sharded, *batch)
     np.testing.assert_allclose(moved, jax.jit(add)(table, x, labels), rtol=0, atol=1e-6 * np.abs(table).max())
     assert max(collective_sizes(compiled)) <= 2 * B * D

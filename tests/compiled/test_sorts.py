@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import centerloss_jax as clj
-from tests.support.programs import operations, shapes
+from tests.support.programs import AS_USERS, operations, shapes
 from tests.support.steps import update
 
 N = 64
@@ -28,14 +28,14 @@ def compiled_step(num_classes: int, num_features: int) -> Counter[str]:
         ((num_classes, num_features), jnp.float32), ((N, num_features), jnp.float32), ((N,), jnp.int32)
     )
     arguments = table, jax.eval_shape(clj.center_update().init, table), x, labels
-    return operations(jax.jit(step, donate_argnums=0).lower(*arguments).compile())
+    return operations(jax.jit(step, donate_argnums=0).lower(*arguments).compile(AS_USERS))
 
 
 def test_operations_counts_what_a_program_does():
     def two_sorts(a):
         return jnp.sort(a), jnp.sort(-a), jnp.zeros((1000, 3)).at[a].add(1.0)
 
-    count = operations(jax.jit(two_sorts).lower(jax.ShapeDtypeStruct((100,), jnp.int32)).compile())
+    count = operations(jax.jit(two_sorts).lower(jax.ShapeDtypeStruct((100,), jnp.int32)).compile(AS_USERS))
     assert count['sort'] == 2
     assert count['scatter'] == 1
 

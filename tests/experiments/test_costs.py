@@ -14,7 +14,7 @@ import centerloss_jax as clj
 from experiments import costs
 from experiments.launch import cli
 from experiments.launch.mesh import over_mesh
-from tests.support.programs import collective_sizes
+from tests.support.programs import AS_USERS, collective_sizes
 
 B, D, C = 4096, 64, 1_000_000
 
@@ -37,7 +37,7 @@ def compiled_step(**sizes: int) -> Any:
     return (
         jax.jit(step, donate_argnums=0)
         .lower(table, state, shape((B, D), jnp.float32, axes), shape((B,), jnp.int32, axes))
-        .compile()
+        .compile(AS_USERS)
     )
 
 
