@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-# XLA reads its flags once. Its older emitters of fused loops compile in half the time. Tests that read compiled programs
-# take the newer ones.
+# XLA reads its flags once. Its older emitters of fused loops compile in half the time. Tests of compiled programs take
+# the newer ones.
 os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 
 # JAX fixes the number of devices when the first one is used.
