@@ -94,8 +94,8 @@ def check_labels(labels: Any = LABELS, num_classes: Any = 3):
     return partial(clj.check_labels, labels, num_classes)
 
 
-def shard(centers: Any = C, sharding: Any = BY_ROWS):
-    return partial(clj.shard_centers, centers, sharding)
+def shard(table: Any = C, sharding: Any = BY_ROWS, **options):
+    return partial(clj.shard_centers, table, sharding, **options)
 
 
 def unshard(table: Any = C, num_classes: Any = None):
@@ -320,22 +320,32 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         ),
     ],
     'shard_centers': [
-        (shard(None), TypeError, r'centers must be floating point.*object'),
-        (shard('abc'), TypeError, r'centers must be floating point.*str'),
-        (shard([[1, 2]]), TypeError, r'centers must be floating point.*int'),
-        (shard(RAGGED), TypeError, r'centers must be.*list'),
-        (shard(C[0]), ValueError, r'centers must have shape.*\[2\]'),
+        (shard(None), TypeError, r'table must be an array of numbers.*object'),
+        (shard('abc'), TypeError, r'table must be an array of numbers.*str'),
+        (shard(KEYS, fill=0), TypeError, r'table must be an array of numbers.*Key'),
+        (shard(RAGGED), TypeError, r'table must be.*list'),
+        (shard([[1, 2]]), TypeError, r'table must be floating point.*int64\[1,2\].*fill=0'),
+        (shard(NARROW), TypeError, r'table must be float16 or wider.*float8'),
+        (shard(C[0]), ValueError, r'table must have shape \[C, D\].*\[2\].*fill=0'),
+        (shard(C[:0]), ValueError, r'table must have shape \[C, \.\.\.\].*\[0, 2\]'),
+        (shard(np.float32(1), fill=0), ValueError, r'table must have shape \[C, \.\.\.\].*\[\]'),
+        (shard(fill=1.0), ValueError, r'fill must be numpy.inf for centers, or 0.*1\.0'),
+        (shard(fill=None), ValueError, r'fill must be.*None'),
+        (shard(fill=np.zeros(2)), ValueError, r'fill must be.*array'),
         (shard(sharding=None), TypeError, r'sharding must be a NamedSharding.*NoneType'),
         (shard(sharding=P('classes')), TypeError, r'sharding must be a NamedSharding.*P'),
         (shard(sharding=MESH), TypeError, r'sharding must be a NamedSharding.*Mesh'),
-        (traced(lambda c: shard(c)(), C), TypeError, r'values of centers.*outside of jax.jit'),
+        (shard(C[0], NamedSharding(MESH, P(None, 'classes')), fill=0), ValueError, r'sharding is.*more axes.*\[2\]'),
+        (traced(lambda c: shard(c)(), C), TypeError, r'values of table.*outside of jax.jit'),
     ],
     'unshard_centers': [
-        (unshard(None), TypeError, r'table must be floating point.*object'),
-        (unshard(C.astype(int)), TypeError, r'table must be floating point.*int'),
-        (unshard(C[0]), ValueError, r'table must have shape.*\[2\]'),
+        (unshard(None), TypeError, r'table must be an array of numbers.*object'),
+        (unshard(RAGGED), TypeError, r'table must be an array of numbers.*list'),
+        (unshard(C[:0]), ValueError, r'table must have shape.*\[0, 2\]'),
         (unshard(np.float32(1)), ValueError, r'table must have shape.*\[\]'),
-        (unshard(num_classes='3'), ValueError, r"num_classes is '3'"),
+        (unshard(num_classes='3'), ValueError, r"num_classes must be an integer of at least 1, got '3'"),
+        (unshard(num_classes=0), ValueError, r'num_classes must be an integer of at least 1, got 0'),
+        (unshard(num_classes=4), ValueError, r'num_classes is 4, but the table has rows of 3 classes'),
         (traced(lambda c: unshard(c)(), C), TypeError, r'values of table.*outside of jax.jit'),
     ],
     'check_replicas': [
