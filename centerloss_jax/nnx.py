@@ -27,8 +27,8 @@ class Centers(nnx.Variable):
     """
 
 
-class Classifier(nnx.Variable):
-    """Variable type of a table whose gradient is rows, such as a classifier's. `by_rows` moves it.
+class Table(nnx.Variable):
+    """Variable type of a table that `by_rows` moves: a classifier or an embedding whose gradient is rows.
 
     Args:
       value: `[C, D]` table in a model, or RowUpdates of the kind 'gradient' in the gradients of one.
@@ -39,8 +39,8 @@ class Classifier(nnx.Variable):
       >>> from flax import nnx
       >>> class Model(nnx.Module):
       ...     def __init__(self):
-      ...         self.classifier = clj.nnx.Classifier(jnp.zeros((3, 2)))
-      >>> optimizer = nnx.Optimizer(Model(), clj.by_rows(optax.adam(1e-3)), wrt=clj.nnx.Classifier)
+      ...         self.table = clj.nnx.Table(jnp.zeros((3, 2)))
+      >>> optimizer = nnx.Optimizer(Model(), clj.by_rows(optax.adam(1e-3)), wrt=clj.nnx.Table)
     """
 
 

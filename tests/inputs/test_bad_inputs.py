@@ -377,8 +377,8 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (of_nnx(centers_init=lambda *_: jnp.ones(3)), ValueError, r'centers_init.*\[3, 2\], got \[3\]'),
         (of_nnx(x=np.ones((4, 5), np.float32)), ValueError, r'x must have shape.*D=2.*\[4, 5\]'),
     ],
-    'nnx.Classifier': [
-        (row_step(params=clj.nnx.Classifier(jnp.ones(2))), ValueError, r'table of by_rows must have shape.*\[2\]'),
+    'nnx.Table': [
+        (row_step(params=clj.nnx.Table(jnp.ones(2))), ValueError, r'table of by_rows must have shape.*\[2\]'),
     ],
     'nnx.Centers': [
         (loss(centers=clj.nnx.Centers(jnp.ones(2))), ValueError, r'centers must have shape.*\[2\]'),
@@ -393,7 +393,7 @@ CASES = [
 
 
 def test_every_public_name_is_in_the_table():
-    functions = {'linen': {'linen.CenterLoss'}, 'nnx': {'nnx.CenterLoss', 'nnx.Centers', 'nnx.Classifier'}}
+    functions = {'linen': {'linen.CenterLoss'}, 'nnx': {'nnx.CenterLoss', 'nnx.Centers', 'nnx.Table'}}
     names = set[str]().union(*(functions.get(name, {name}) for name in clj.__all__))
     assert set(BAD) == names - {'CenterUpdateState', 'ByRowsState'}  # NamedTuples, which take anything
 
