@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from jax import Array, export
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 HostOrDevice = np.ndarray | Array
 ReduceFn = Callable[[Array], Array]
@@ -291,21 +290,6 @@ def as_array(a: Any, name: str, kind: str, xp: Any = jnp) -> Any:
         return xp.asarray(a)
     except (TypeError, ValueError) as error:
         raise TypeError(f'{name} must be {kind}, got {type(a).__name__} that is no array') from error
-
-
-def initial_centers(centers_init: Any, key: Array, num_classes: int, num_features: int, dtype: DTypeLike) -> Any:
-    """Returns the centers that an initializer makes, in the box that it may put them in."""
-    check_num_classes(num_classes)
-    check_size(num_features, 'num_features')
-    if not callable(centers_init):
-        raise TypeError(f'centers_init must be an initializer (key, shape, dtype) -> centers, got {centers_init!r}')
-    centers = centers_init(key, (num_classes, num_features), dtype)
-    table = meta.unbox(centers)
-    if np.shape(table) != (num_classes, num_features):
-        shape = list(np.shape(table))
-        raise ValueError(f'centers_init must return centers [{num_classes}, {num_features}], got {shape}')
-    check_floating_dtype(table, 'the centers of centers_init')
-    return centers
 
 
 def _is_real_number(a: Any) -> bool:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from centerloss_jax._inputs import check_optimizer
 from centerloss_jax._rows import RowUpdates
 from centerloss_jax._update import Alpha, center_update
-from centerloss_jax.nnx import Centers, Classifier
+from centerloss_jax.nnx import Centers, Table
 
 
 def with_centers(
@@ -30,7 +30,7 @@ def with_centers(
     In a tree whose top level has the keys 'params' and 'centers' and no other, the centers are the entry 'centers'. The
     tree may be a dict, a FrozenDict or an nnx.State. In any other tree the centers are the `nnx.Centers` variables and
     the RowUpdates. With a `classifier` there is a third key, 'classifier'; in any other tree its tables are the
-    `nnx.Classifier` variables and the RowUpdates of the kind 'gradient'.
+    `nnx.Table` variables and the RowUpdates of the kind 'gradient'.
 
     Put every transform that does arithmetic on gradients inside, such as clipping and accumulation:
     `with_centers(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))`,
@@ -93,7 +93,7 @@ def _labels(groups: list[str], tree):
     labels = jax.tree.map(partial(_label, groups), tree, is_leaf=_is_whole)
     missing = [group for group in groups[1:] if group not in jax.tree.leaves(labels)]
     if missing:
-        variables = ', '.join(f'centerloss_jax.nnx.{group.title()}' for group in groups[1:])
+        variables = 'centerloss_jax.nnx.Centers' + ', centerloss_jax.nnx.Table' * ('classifier' in groups)
         raise ValueError(
             f'with_centers found no {" and no ".join(missing)}. Pass a tree with the keys '
             f'{" and ".join(map(repr, groups))} at its top and no other, for the parameters and for the gradients '
@@ -110,7 +110,7 @@ def _is_whole(node) -> bool:
 
 def _label(groups: list[str], leaf) -> str:
     if 'classifier' in groups:
-        kind = leaf.kind if isinstance(leaf, RowUpdates) else 'gradient' if isinstance(leaf, Classifier) else ''
+        kind = leaf.kind if isinstance(leaf, RowUpdates) else 'gradient' if isinstance(leaf, Table) else ''
         if kind is None:
             raise TypeError(
                 'only the kind of rows tells the tables of this tree apart: pass '

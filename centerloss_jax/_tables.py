@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from numbers import Real
 from typing import Any
 
 import jax
@@ -14,30 +15,37 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from centerloss_jax._inputs import as_array, check_floating_dtype, check_not_traced, check_table
+from centerloss_jax._inputs import as_array, check_not_traced, check_num_classes, check_table, type_name
 
 # Numbers of a replica that are mixed into a checksum at a time.
 BLOCK = 2**16
 
 
-def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
+def shard_centers(table: ArrayLike, sharding: NamedSharding, *, fill: float = np.inf) -> Array:
     """Lays a table out over a mesh by rows, padded to a number of rows that the mesh divides.
 
-    A padding row holds +Inf. `nearest_center` never returns one. A label that names one is a mistake, as a label
-    beyond the table is: its loss is NaN, and its row is dropped and counted. A step recognizes a padding row by its
-    first number, so a center whose first number has become +Inf is treated as one. To move a table to another mesh, or
-    to save it, call `unshard_centers` first.
+    By default a padding row holds +Inf. `nearest_center` never returns one. A label that names one is a mistake, as a
+    label beyond the table is: its loss is NaN, and its row is dropped and counted. A step recognizes a padding row by
+    its first number, so a center whose first number has become +Inf is treated as one. To move a table to another mesh,
+    or to save it, call `unshard_centers` first.
+
+    The state that an optimizer keeps for each row has the layout of its table, with `fill=0`:
+    `jax.tree.map(lambda leaf: shard_centers(leaf, sharding, fill=0) if np.ndim(leaf) else leaf, state)`.
 
     Args:
-      centers: `[C, D]`, floating point.
-      sharding: layout of the result, such as `NamedSharding(mesh, PartitionSpec('classes', None))`.
+      table: `[C, D]`, floating point. With `fill=0` also `[C]` or `[C, ...]`, of any dtype.
+      sharding: layout of the result, such as `NamedSharding(mesh, PartitionSpec('classes', None))`. Trailing axes of
+        the specification that are None may be more than those of the table.
+      fill: what padding rows hold: `numpy.inf` for centers and classifiers, 0 for the state of an optimizer.
 
     Returns:
-      `[C', D]` with that sharding, C' the least multiple of the number of shards that is at least C.
+      `[C', ...]` with that sharding, C' the least multiple of the number of shards that is at least C.
 
     Raises:
-      TypeError: if centers are not floating point or are traced, or sharding is no NamedSharding.
-      ValueError: if centers do not have two dimensions.
+      TypeError: if the table is traced, or not floating point where fill is `numpy.inf`, or sharding is no
+        NamedSharding.
+      ValueError: if the table has no rows, or does not have two dimensions where fill is `numpy.inf`; if fill is
+        another number, or sharding has more axes than the table.
 
     Example:
       >>> import centerloss_jax as clj
@@ -48,17 +56,32 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
       >>> table = clj.shard_centers(jnp.zeros((10, 2)), sharding)
       >>> table.shape[0] >= 10, clj.unshard_centers(table, num_classes=10).shape
       (True, (10, 2))
+      >>> clj.shard_centers(jnp.zeros(10, int), sharding, fill=0).shape == table.shape[:1]
+      True
     """
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
             "sharding must be a NamedSharding, such as NamedSharding(mesh, PartitionSpec('classes', None)), "
             f'got {type(sharding).__name__}'
         )
-    check_not_traced(centers, 'centers', 'shard_centers')
-    rows = as_array(jax.device_get(centers), 'centers', 'a floating point array', np)
-    check_floating_dtype(rows, 'centers')
-    rows = rows.astype(jax.eval_shape(check_table, rows).dtype, copy=False)  # checked without a copy on a device
-    names = sharding.spec[0] if len(sharding.spec) else None
+    if not isinstance(fill, Real) or fill not in (0, np.inf):
+        raise ValueError(f'fill must be numpy.inf for centers, or 0 for the state of an optimizer, got {fill!r}')
+    check_not_traced(table, 'table', 'shard_centers')
+    rows = _on_host(jax.device_get(table))
+    if fill != 0:
+        hint = 'for the state of an optimizer pass fill=0'
+        if not jnp.issubdtype(rows.dtype, jnp.floating):
+            raise TypeError(f'table must be floating point to be padded by Inf, got {type_name(rows)}; {hint}')
+        if rows.ndim != 2:
+            raise ValueError(f'table must have shape [C, D] to be padded by Inf, got {list(rows.shape)}; {hint}')
+    dtype = jax.eval_shape(
+        jnp.asarray if fill == 0 else partial(check_table, name='table'), rows
+    ).dtype  # without a copy on a device
+    rows = rows.astype(dtype, copy=False)
+    if any(sharding.spec[rows.ndim :]):
+        raise ValueError(f'sharding is {sharding.spec}, of more axes than those of the table {list(rows.shape)}')
+    spec = P(*sharding.spec[: rows.ndim])
+    names = spec[0] if len(spec) else None
     names = (names,) if isinstance(names, str) else names or ()
     shards = math.prod(sharding.mesh.shape[name] for name in names)
     num_rows = len(rows) + -len(rows) % shards
@@ -66,10 +89,12 @@ def shard_centers(centers: ArrayLike, sharding: NamedSharding) -> Array:
     def shard(index: Any) -> np.ndarray:
         values = rows[index]
         first, last, _ = index[0].indices(num_rows)
-        return np.pad(values, ((0, last - first - len(values)), (0, 0)), constant_values=np.inf)
+        padding = np.full((last - first - len(values), *values.shape[1:]), fill, values.dtype)
+        return np.concatenate([values, padding])
 
     # Shard by shard: no device holds the whole table, and each process lays out the shards of its own devices.
-    return jax.make_array_from_callback((num_rows, rows.shape[1]), sharding, shard)
+    sharding = NamedSharding(sharding.mesh, spec)
+    return jax.make_array_from_callback((num_rows, *rows.shape[1:]), sharding, shard)
 
 
 def unshard_centers(table: ArrayLike, num_classes: int | None = None) -> np.ndarray:
@@ -78,35 +103,55 @@ def unshard_centers(table: ArrayLike, num_classes: int | None = None) -> np.ndar
     If several processes share the mesh, all of them must call it, and each gets all rows.
 
     Args:
-      table: `[C', D]`, as `shard_centers` returns it.
-      num_classes: C, which is checked; by default all rows but the padding at the end.
+      table: `[C', ...]`, as `shard_centers` returns it: a table, or the state of an optimizer for its rows.
+      num_classes: C, which is checked: the rows after it must be padding, so all their numbers are equal. By default
+        all rows but those of +Inf at the end. The state of an optimizer needs it, since it is not padded by Inf.
 
     Returns:
-      `[C, D]`, a NumPy array of the table's dtype. `shard_centers` lays it out again.
+      `[C, ...]`, a NumPy array of the table's dtype. `shard_centers` lays it out again.
 
     Raises:
-      TypeError: if the table is not floating point, or is traced.
-      ValueError: if the table does not have two dimensions, or has centers of another number of classes.
+      TypeError: if the table is no array of numbers, or is traced.
+      ValueError: if the table has no rows; if num_classes is no integer of at least 1, or the table has rows of another
+        number of classes.
 
     Example:
       >>> import centerloss_jax as clj
       >>> import jax.numpy as jnp
       >>> clj.unshard_centers(jnp.zeros((10, 2)), num_classes=10).shape
       (10, 2)
+      >>> clj.unshard_centers(jnp.zeros((16, 2)), num_classes=10).shape
+      (10, 2)
     """
+    if num_classes is not None:
+        check_num_classes(num_classes)
     check_not_traced(table, 'table', 'unshard_centers')
     local = not isinstance(table, Array) or table.is_fully_addressable or table.is_fully_replicated
-    rows = jax.device_get(table) if local else multihost_utils.process_allgather(table, tiled=True)
-    rows = as_array(rows, 'table', 'a floating point array', np)
-    check_floating_dtype(rows, 'table')
-    if rows.ndim != 2:
-        raise ValueError(f'table must have shape [C, D], got {list(rows.shape)}')
+    rows = _on_host(jax.device_get(table) if local else multihost_utils.process_allgather(table, tiled=True))
     classes = len(rows)
-    while classes and np.isposinf(rows[classes - 1]).all():  # padding is at the end
-        classes -= 1
-    if num_classes not in (None, classes):
-        raise ValueError(f'num_classes is {num_classes!r}, but the table has the centers of {classes} classes')
-    return rows[:classes]
+    if jnp.issubdtype(rows.dtype, jnp.floating):
+        while classes and np.isposinf(rows[classes - 1]).all():  # padding is at the end
+            classes -= 1
+    if num_classes is None:
+        return rows[:classes]
+    padding = rows[num_classes:]
+    if classes < len(rows):
+        matches = num_classes == classes
+    else:  # padding holds 0, or the number with which the state of an optimizer starts
+        matches = num_classes <= classes and (padding.size == 0 or (padding == padding.flat[0]).all())
+    if not matches:
+        raise ValueError(f'num_classes is {num_classes!r}, but the table has rows of {classes} classes')
+    return rows[:num_classes]
+
+
+def _on_host(table: Any) -> np.ndarray:
+    """Returns the array on the host. Raises an error if it is none, or has no rows."""
+    rows = as_array(table, 'table', 'an array of numbers', np)
+    if not (jnp.issubdtype(rows.dtype, np.number) or rows.dtype == bool):
+        raise TypeError(f'table must be an array of numbers, got {type_name(rows)}')
+    if rows.ndim == 0 or len(rows) == 0:
+        raise ValueError(f'table must have shape [C, ...] with C at least 1, got {list(rows.shape)}')
+    return rows
 
 
 def check_replicas(tree: Any, *, stacked: bool = False) -> None:

@@ -4,6 +4,9 @@ A step computes the loss and its gradient for the features, and moves the center
 written to --out. PyTorch is measured if it is installed. On several devices each layout of the table is an arm, or only
 the one that --mesh or --parallel selects.
 
+With --step classifier a step computes a softmax over all classes, then over a sample of them, and moves the table by
+SGD with momentum, on one device. benchmark.csv alone is written.
+
 On Linux, glibc returns large arrays to the system, so that on a CPU each step pays for page faults. To measure without
 them, set GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647 in the environment.
 """
@@ -12,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -37,6 +40,10 @@ class Sizes:
     """numbers of classes"""
     feature_dim: int = 512
     """number of feature dimensions"""
+    step: Literal['centers', 'classifier'] = 'centers'
+    """what a step moves: the centers of a center loss, or the table of a softmax"""
+    sampled_share: float = 0.1
+    """share of the classes that a step of the classifier samples; those of the batch always are"""
     rounds: int = 4
     """blocks of eight steps for each arm in each of three turns"""
     out: Folder = Path('runs/benchmark')
@@ -49,6 +56,8 @@ class Sizes:
         for name in ('feature_dim', 'rounds'):
             if getattr(self, name) < 1:
                 raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if not 0 < self.sampled_share <= 1:
+            raise FlagError(f'--sampled-share must be above 0 and at most 1, got {self.sampled_share}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Config(DeviceFlags, Sizes):
     def __post_init__(self):
         DeviceFlags.__post_init__(self)
         Sizes.__post_init__(self)
+        if self.step == 'classifier' and (self.mesh or self.parallel == 'pmap' or self.distributed or self.coordinator):
+            raise FlagError('--step classifier runs on one device; remove the flags that choose several')
 
 
 def main(config: Config) -> None:
@@ -81,6 +92,12 @@ def main(config: Config) -> None:
     tell(format_environment(environment(devices)))
     torch = pytorch.installed() if processes.is_main_process() else None
     tell(f'PyTorch {torch.__version__}' if torch else 'PyTorch is not installed, so it is not measured')
+    if config.step == 'classifier':
+        rows = measure_classifier(config, torch, console)
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_table(config.out / 'benchmark.csv', rows)
+        tell(f'wrote {config.out / "benchmark.csv"}')
+        return
     arms: dict[str, Maker] = ours.layouts(devices, config.mesh)
     if torch:
         arms |= {name: partial(arm, torch) for name, arm in pytorch.FORMS.items()}
@@ -99,6 +116,27 @@ def main(config: Config) -> None:
     write_table(config.out / 'benchmark.csv', rows)
     draw_step_times(config.out / 'benchmark.png', measured)
     tell(f'wrote {config.out / "benchmark.csv"} and benchmark.png')
+
+
+def measure_classifier(config: Config, torch: Any | None, console: Console) -> list[dict[str, Any]]:
+    """Measures a softmax over all classes and one over a sample, prints a table for each, and returns their rows."""
+    from experiments.bench import ours_classifier, pytorch_classifier
+    from experiments.bench.tables import timing_table
+
+    share = config.sampled_share
+    full: dict[str, Maker] = {'centerloss_jax': ours_classifier.full_softmax}
+    sampled: dict[str, Maker] = {'centerloss_jax': partial(ours_classifier.sampled_softmax, share=share)}
+    if torch:
+        full['torch, linear'] = partial(pytorch_classifier.full_linear, torch)
+        forms = pytorch_classifier.SAMPLED_FORMS.items()
+        sampled |= {name: partial(arm, torch, share=share) for name, arm in forms}
+    rows = []
+    for step, arms in {'softmax': full, f'softmax over a share of {share:g}': sampled}.items():
+        # A copy of the batch is no floor of this step, since it reads rows of the table too.
+        measured = [{**row, 'times_copy': None} for row in measure_all(config, arms, console)]
+        console.print(timing_table(measured, step))
+        rows += [{'step': step, **row} for row in measured]
+    return rows
 
 
 def measure_all(config: Config, arms: Mapping[str, 'Maker'], console: Console) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
-"""Predicts the memory and the traffic of a center table on each device, for several meshes.
+"""Predicts the memory and the traffic of a center table on each device, for several meshes, and a classifier's memory.
 
 A step has B examples, D features, C classes and numbers of s bytes. Each of n devices has B/n of the examples. Each
-group of k devices has the whole table, with C/k rows on each device.
+group of k devices has the whole table of centers, with C/k rows on each device. The classifier has C/n rows on each
+device, and a step samples S of its C classes.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -55,6 +57,32 @@ def step_costs(
     return Costs(table, 4 * table, 64 * batch_size + row * rows_held, traffic, network)
 
 
+class ClassifierCosts(NamedTuple):
+    """Bytes on each device, in float32."""
+
+    weights: float  # 4 D C/n: the shard of the table, which the step updates in place
+    momentum: float  # 4 D C/n: the state of SGD with momentum
+    adam: float  # 8 D C/n: the state of Adam
+    sample: float  # 8 D S/n: the sampled rows and their gradient, which the temporaries include
+    temporaries: float  # at most; does not grow with C
+
+
+def classifier_costs(
+    num_classes: int, num_features: int, batch_size: int, num_sampled: int, *, devices: int = 1, block_size: int = 1024
+) -> ClassifierCosts:
+    """Returns the costs of one step of a sampled softmax and of `by_rows`, with the classes spread over the devices.
+
+    Temporaries: the sampled rows, their gradient, its sums, the rows that the optimizer takes and their updates (5 S/n
+    rows), 64 bytes of indices for each sampled class, and four blocks of logits (4 B numbers for each class of a
+    block). On several devices also the features of the whole batch and their gradient (2 B rows).
+    """
+    row = 4 * num_features
+    rows, sampled = math.ceil(num_classes / devices), math.ceil(num_sampled / devices)
+    gathered = 2 * batch_size if devices > 1 else 0
+    temporaries = row * (5 * sampled + gathered) + 64 * sampled + 16 * batch_size * min(block_size, sampled)
+    return ClassifierCosts(row * rows, row * rows, 2 * row * rows, 2 * row * sampled, temporaries)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The size of a step, and the meshes to compare."""
@@ -66,7 +94,9 @@ class Config:
     batch_size: int = 16_384
     """number of examples in a step, summed over all devices"""
     itemsize: int = 4
-    """bytes of a number in the table: 4 for float32, 2 for bfloat16"""
+    """bytes of a number in the table of centers: 4 for float32, 2 for bfloat16"""
+    sampled_share: float = 0.1
+    """share of the classes that a step of the classifier samples"""
     meshes: tuple[str, ...] = ('data=1', 'classes=8', 'classes=64', 'data=8,classes=8', 'data=64')
     """meshes to compare, each with its axes data and classes"""
 
@@ -74,6 +104,8 @@ class Config:
         for name in ('num_classes', 'num_features', 'batch_size', 'itemsize'):
             if getattr(self, name) < 1:
                 raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        if not 0 < self.sampled_share <= 1:
+            raise FlagError(f'--sampled-share must be above 0 and at most 1, got {self.sampled_share}')
         if not self.meshes:
             raise FlagError('--meshes must name at least one mesh')
         for mesh in self.meshes:
@@ -81,14 +113,30 @@ class Config:
 
 
 def main(config: Config) -> None:
-    numbers = ('table GiB', 'dense GiB', 'temporary MiB', 'traffic MiB', 'network MiB')
-    table = Table(Column('mesh', no_wrap=True), *(Column(name, justify='right') for name in numbers))
     sizes = config.num_classes, config.num_features, config.batch_size
-    for mesh in config.meshes:
-        costs = step_costs(*sizes, **mesh_sizes(mesh), itemsize=config.itemsize)
-        values = [costs.table / GIB, costs.dense / GIB, *(value / MIB for value in costs[2:])]
-        table.add_row(mesh, *(f'{value:.1f}' if value < 10 else f'{value:.0f}' for value in values))
-    Console().print(table)
+    meshes = {mesh: mesh_sizes(mesh) for mesh in config.meshes}
+    numbers = 'table GiB', 'dense GiB', 'temporary MiB', 'traffic MiB', 'network MiB'
+    centers = _table('centers', 'mesh', numbers)
+    for mesh, axes in meshes.items():
+        costs = step_costs(*sizes, **axes, itemsize=config.itemsize)
+        centers.add_row(mesh, *_rounded([costs.table / GIB, costs.dense / GIB, *(value / MIB for value in costs[2:])]))
+    num_sampled = math.ceil(config.sampled_share * config.num_classes)
+    numbers = 'weights GiB', 'momentum GiB', 'Adam GiB', 'sample GiB', 'temporary GiB'
+    classifier = _table(f'classifier, {num_sampled:,} classes sampled', 'devices', numbers)
+    for devices in sorted({math.prod(axes.values()) for axes in meshes.values()}):
+        costs = classifier_costs(*sizes, num_sampled, devices=devices)
+        classifier.add_row(str(devices), *_rounded([value / GIB for value in costs]))
+    console = Console()
+    console.print(centers)
+    console.print(classifier)
+
+
+def _table(title: str, first: str, numbers: Sequence[str]) -> Table:
+    return Table(Column(first, no_wrap=True), *(Column(name, justify='right') for name in numbers), title=title)
+
+
+def _rounded(values: Sequence[float]) -> list[str]:
+    return [f'{value:.1f}' if value < 10 else f'{value:.0f}' for value in values]
 
 
 if __name__ == '__main__':

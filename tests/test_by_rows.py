@@ -324,7 +324,7 @@ def test_a_train_state_moves_params_centers_and_classifier(expected_model):
 
 
 class Model(nnx.Module):
-    def __init__(self, table_type=clj.nnx.Classifier):
+    def __init__(self, table_type=clj.nnx.Table):
         self.bias = nnx.Param(jnp.ones(2))
         self.center = clj.nnx.CenterLoss(5, D, centers_init=lambda *_: jnp.asarray(CENTERS), rngs=nnx.Rngs(0))
         self.table = table_type(jnp.asarray(TABLE))
@@ -338,7 +338,7 @@ def nnx_step(model, optimizer, rows):
     optimizer.update(model, grads)
 
 
-WRT = nnx.Param, clj.nnx.Centers, clj.nnx.Classifier
+WRT = nnx.Param, clj.nnx.Centers, clj.nnx.Table
 
 
 def test_an_nnx_optimizer_moves_params_centers_and_classifier(expected_model):
@@ -349,7 +349,7 @@ def test_an_nnx_optimizer_moves_params_centers_and_classifier(expected_model):
     chex.assert_trees_all_close(got, expected_model, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('table_type', [clj.nnx.Classifier, nnx.Param])
+@pytest.mark.parametrize('table_type', [clj.nnx.Table, nnx.Param])
 def test_eq_4_moves_no_classifier_in_an_nnx_model(table_type):
     model = Model(table_type)
     optimizer = nnx.Optimizer(model, clj.with_centers(optax.sgd(1.0)), wrt=WRT)
@@ -367,6 +367,6 @@ def test_rows_without_a_kind_are_an_error_where_only_the_kind_tells_tables_apart
 @pytest.mark.parametrize('tree', [{'params': jnp.ones(2), 'centers': CENTERS}, {'centers': clj.nnx.Centers(CENTERS)}])
 def test_a_classifier_that_is_not_in_the_tree_is_an_error(tree):
     with pytest.raises(
-        ValueError, match=r"no classifier.*'params' and 'centers' and 'classifier'.*nnx.Classifier.*keys .*centers"
+        ValueError, match=r"no classifier.*'params' and 'centers' and 'classifier'.*nnx.Table.*keys .*centers"
     ):
         ALL_THREE.init(tree)

@@ -36,6 +36,8 @@ MODEL = {'params': jnp.ones(3), 'centers': jnp.asarray(CENTERS)}
 MODEL_STATE = WITH_CENTERS.init(MODEL)
 NNX_CENTER = clj.nnx.CenterLoss(5, 3, rngs=nnx.Rngs(0))
 LINEN_CENTER = clj.linen.CenterLoss(5)
+NNX_SOFTMAX = clj.nnx.SoftmaxLoss(5, 3, rngs=nnx.Rngs(0))
+LINEN_SOFTMAX = clj.linen.SoftmaxLoss(5)
 STATISTICS = clj.class_statistics(X, LABELS, 5)
 BY_ROWS: Any = clj.by_rows(optax.adam(0.1))
 BY_ROWS_STATE = BY_ROWS.init(CENTERS)
@@ -89,6 +91,8 @@ CALLS = {
     'unshard_centers': lambda: clj.unshard_centers(SHARDED),
     'linen': lambda: LINEN_CENTER.apply({'centers': {'centers': CENTERS}}, X, LABELS),
     'nnx': lambda: NNX_CENTER(X, LABELS),
+    'linen.SoftmaxLoss': lambda: LINEN_SOFTMAX.apply({'classifier': {'table': CENTERS}}, X, LABELS),
+    'nnx.SoftmaxLoss': lambda: NNX_SOFTMAX(X, LABELS),
 }
 
 

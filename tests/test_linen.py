@@ -1,6 +1,7 @@
-"""linen.CenterLoss: the module, and a train step with a flax TrainState."""
+"""linen.CenterLoss and linen.SoftmaxLoss: the modules, and train steps with a flax TrainState."""
 
 import re
+from functools import partial
 from typing import Any
 
 import chex
@@ -11,6 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.core import meta
+from flax.training.train_state import TrainState
 
 import centerloss_jax as clj
 from tests.support import oracle
@@ -235,3 +237,87 @@ def test_the_table_may_be_boxed_with_the_names_of_its_axes():
     expected = oracle.center_update(x, np.ones((5, 3)), labels, 0.5)
     np.testing.assert_allclose(table, expected, rtol=1e-5)
     np.testing.assert_allclose(center_state(state).step_norm, np.linalg.norm(expected - 1), rtol=1e-5)
+
+
+class TestSoftmaxLoss:
+    x, labels = np.array([[1, 2], [3, 4], [0, 1], [2, 2]], np.float32), np.array([0, 2, 1, -1])
+
+    @pytest.mark.parametrize(
+        ('loss_fn', 'options'),
+        [
+            (
+                clj.margin_softmax_and_rows,
+                {'scale': 8.0, 'classes': np.arange(6), 'where': np.array([True, False] * 2)},
+            ),
+            (partial(clj.distance_softmax_and_rows, temperature=2.0), {'center_weight': 0.1, 'block_size': 2}),
+        ],
+        ids=['margin', 'distance'],
+    )
+    def test_returns_the_loss_and_rows_of_its_table_with_every_option(self, loss_fn, options):
+        softmax = clj.linen.SoftmaxLoss(7, loss_fn)
+        variables: Any = softmax.init(jax.random.key(0), self.x, self.labels, **options)
+        assert jax.tree.map(jnp.shape, variables) == {'classifier': {'table': (7, 2)}}
+        expected = loss_fn(self.x, variables['classifier']['table'], self.labels, **options)
+        chex.assert_trees_all_equal(softmax.apply(variables, self.x, self.labels, **options), expected)
+
+    def test_the_table_starts_small_and_normal(self):
+        softmax = clj.linen.SoftmaxLoss(500, dtype=jnp.bfloat16)
+        tables: Any = [softmax.init(jax.random.key(seed), self.x, self.labels)['classifier'] for seed in range(2)]
+        table, other = (variables['table'] for variables in tables)
+        chex.assert_shape(table, (500, 2))
+        chex.assert_type(table, jnp.bfloat16)
+        np.testing.assert_allclose(jnp.std(table.astype(jnp.float32)), 0.01, rtol=0.1)
+        assert np.any(np.asarray(table) != np.asarray(other))
+
+    def test_the_default_is_a_margin_softmax(self):
+        softmax = clj.linen.SoftmaxLoss(3)
+        variables: Any = softmax.init(jax.random.key(0), self.x, self.labels)
+        chex.assert_type(variables['classifier']['table'], jnp.float32)
+        expected = clj.margin_softmax_and_rows(self.x, variables['classifier']['table'], self.labels)
+        chex.assert_trees_all_equal(softmax.apply(variables, self.x, self.labels), expected)
+
+
+BY_ROWS = clj.by_rows(optax.sgd(0.5, momentum=0.9))
+ALL_THREE = clj.with_centers(optax.sgd(0.1), classifier=BY_ROWS)
+
+
+class SampledModel(nn.Module):
+    table_init: Any
+
+    @nn.compact
+    def __call__(self, images, labels, **options):
+        features = nn.Dense(3)(images)
+        center, center_rows = clj.linen.CenterLoss(9, name='center')(features, labels)
+        softmax_loss = clj.linen.SoftmaxLoss(9, clj.class_softmax_and_rows, self.table_init, name='softmax')
+        softmax, rows = softmax_loss(features, labels, **options)
+        return softmax + center, (center_rows, rows)
+
+
+@pytest.mark.parametrize('boxed', [False, True])
+def test_a_train_state_moves_the_table_of_a_sampled_softmax_by_rows(boxed):
+    init = nn.initializers.normal(1.0)
+    model = SampledModel(nn.with_partitioning(init, ('classes', None)) if boxed else init)
+    images, labels = make_batch()
+    classes = jnp.array([0, 1, 2, 3, 4, 8])
+    variables = model.init(jax.random.key(0), images, labels)
+    state = TrainState.create(apply_fn=model.apply, params=variables, tx=ALL_THREE)
+
+    @jax.jit
+    def train_step(state):
+        def loss_fn(params):
+            return state.apply_fn({**state.params, 'params': params}, images, labels, classes=classes)
+
+        (_, (center_rows, rows)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params['params'])
+        tables = {'centers': {'center': {'centers': center_rows}}, 'classifier': {'softmax': {'table': rows}}}
+        return state.apply_gradients(grads={'params': grads, **tables}), rows
+
+    new, rows = train_step(state)
+    old_table, new_table = (meta.unbox(s.params)['classifier']['softmax']['table'] for s in (state, new))
+    expected = np.array(old_table)
+    expected[classes] -= 0.5 * np.asarray(rows.values)
+    np.testing.assert_allclose(new_table, expected, rtol=1e-6, atol=1e-6)
+    assert np.any(np.asarray(new_table)[8] != np.asarray(old_table)[8])
+    leaves = map(jax.tree.leaves, (state.params, new.params))
+    assert all(np.any(np.not_equal(*pair)) for pair in zip(*leaves, strict=True))
+    assert optax.tree.get(new.opt_state, 'rows_dropped') == 0
+    assert jax.tree.structure(new.params) == jax.tree.structure(state.params)

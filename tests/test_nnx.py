@@ -1,4 +1,4 @@
-"""nnx.CenterLoss: the module, and a train step with nnx.Optimizer in graph mode and in tree mode."""
+"""nnx.CenterLoss and nnx.SoftmaxLoss: the modules, and steps with nnx.Optimizer in graph mode and in tree mode."""
 
 from functools import partial
 from typing import Any
@@ -295,3 +295,79 @@ def test_a_linen_module_inside_nnx_has_its_table_in_centers():
     step(model, optimizer)
     expected = oracle.center_update(x, np.zeros((5, 3)), labels, 0.5)
     np.testing.assert_allclose(model.centers[...], expected, rtol=1e-5)
+
+
+class TestSoftmaxLoss:
+    x, labels = np.array([[1, 2], [3, 4], [0, 1], [2, 2]], np.float32), np.array([0, 2, 1, -1])
+
+    def test_returns_the_loss_and_rows_of_its_table_with_every_option(self):
+        softmax = clj.nnx.SoftmaxLoss(7, 2, rngs=nnx.Rngs(0))
+        options = {'where': np.array([True, False, True, True]), 'classes': np.arange(5), 'weight': 0.5, 'scale': 8.0}
+        expected = clj.margin_softmax_and_rows(self.x, softmax.table[...], self.labels, **options)
+        chex.assert_trees_all_equal(softmax(self.x, self.labels, **options), expected)
+
+    def test_another_loss_is_taken(self):
+        loss_fn = partial(clj.distance_softmax_and_rows, temperature=2.0)
+        softmax = clj.nnx.SoftmaxLoss(7, 2, loss_fn=loss_fn, rngs=nnx.Rngs(0))
+        expected = clj.distance_softmax_and_rows(self.x, softmax.table[...], self.labels, temperature=2.0)
+        chex.assert_trees_all_equal(softmax(self.x, self.labels), expected)
+
+    @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+    def test_the_table_starts_small_and_normal(self, dtype):
+        table, other = (clj.nnx.SoftmaxLoss(500, 2, dtype=dtype, rngs=nnx.Rngs(seed)).table[...] for seed in range(2))
+        chex.assert_shape(table, (500, 2))
+        chex.assert_type(table, dtype)
+        np.testing.assert_allclose(jnp.std(table.astype(jnp.float32)), 0.01, rtol=0.1)
+        assert jnp.any(table != other)
+
+    def test_the_table_is_a_variable_of_its_own_type(self):
+        softmax = clj.nnx.SoftmaxLoss(7, 2, rngs=nnx.Rngs(0))
+        assert not jax.tree.leaves(nnx.state(softmax, (nnx.Param, clj.nnx.Centers)))
+        assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(softmax, clj.nnx.Table))] == [(7, 2)]
+
+
+class SampledModel(nnx.Module):
+    def __init__(self, *, rngs):
+        self.inner = nnx.Linear(6, 3, rngs=rngs)
+        self.center = clj.nnx.CenterLoss(9, 3, rngs=rngs)
+        init = nnx.initializers.normal(1.0)
+        self.softmax = clj.nnx.SoftmaxLoss(9, 3, loss_fn=clj.class_softmax_and_rows, table_init=init, rngs=rngs)
+
+
+ALL_THREE = clj.with_centers(optax.sgd(0.1), classifier=clj.by_rows(optax.sgd(0.5, momentum=0.9)))
+
+
+@both_modes
+def test_an_nnx_optimizer_moves_the_table_of_a_sampled_softmax_by_rows(graph):
+    model = SampledModel(rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, ALL_THREE, wrt=(nnx.Param, clj.nnx.Centers, clj.nnx.Table), graph=graph)
+    images, labels = make_batch()
+    classes = jnp.array([0, 1, 2, 3, 4, 8])
+
+    @partial(nnx.jit, graph=graph)
+    def train_step(model, optimizer):
+        def loss_fn(model):
+            features = model.inner(images)
+            center, center_rows = model.center(features, labels)
+            softmax, rows = model.softmax(features, labels, classes=classes)
+            return softmax + center, (center_rows, rows)
+
+        (_, (center_rows, rows)), grads = nnx.value_and_grad(loss_fn, has_aux=True, graph=graph)(model)
+        grads.center = {'centers': clj.nnx.Centers(center_rows)}
+        grads.softmax = {'table': clj.nnx.Table(rows)}
+        optimizer.update(model, grads)
+        return rows
+
+    before = nnx_arrays(model)
+    rows: Any = train_step(model, optimizer)
+    expected = np.array(before['softmax']['table'])
+    expected[classes] -= 0.5 * np.asarray(rows.values)
+    np.testing.assert_allclose(model.softmax.table[...], expected, rtol=1e-6, atol=1e-6)
+    after = nnx_arrays(model)
+    assert all(np.any(np.not_equal(*pair)) for pair in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+
+
+def test_a_linen_softmax_inside_nnx_has_its_table_in_a_table():
+    x, labels = np.ones((4, 3), np.float32), np.arange(4)
+    model: Any = bridge.ToNNX(clj.linen.SoftmaxLoss(5), rngs=nnx.Rngs(0)).lazy_init(x, labels)
+    assert isinstance(model.table, clj.nnx.Table)

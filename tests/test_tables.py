@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -64,6 +65,83 @@ def test_a_table_saved_on_eight_devices_is_restored_on_four_and_on_one(table, tm
 def test_a_wrong_number_of_classes_loses_no_center(table, num_classes):
     with pytest.raises(ValueError, match='num_classes'):
         clj.unshard_centers(clj.shard_centers(table, over(8)), num_classes)
+
+
+LEAVES: dict[str, Any] = {
+    'float32 [C, D]': np.arange(1, 31, dtype=np.float32).reshape(10, 3),
+    'bfloat16 [C, 1]': np.arange(1, 11).astype(ml_dtypes.bfloat16)[:, None],
+    'int32 [C]': np.arange(1, 11, dtype=np.int32),
+    'bool [C]': np.arange(10) % 2 == 1,
+    'complex64 [C, 2, 3]': np.arange(1, 61, dtype=np.complex64).reshape(10, 2, 3),
+}
+
+
+@pytest.mark.parametrize('num_devices', [8, 4, 1])
+@pytest.mark.parametrize('leaf', LEAVES.values(), ids=LEAVES.keys())
+def test_the_state_of_an_optimizer_has_the_layout_of_its_table(leaf, num_devices):
+    sharded = clj.shard_centers(leaf, over(num_devices), fill=0)
+    assert sharded.shape == (10 + -10 % num_devices, *leaf.shape[1:])
+    assert sharded.dtype == leaf.dtype
+    assert {shard.data.shape[0] for shard in sharded.addressable_shards} == {len(sharded) // num_devices}
+    np.testing.assert_array_equal(sharded[10:], np.zeros_like(sharded[10:]))
+    np.testing.assert_array_equal(clj.unshard_centers(sharded, 10), leaf)
+
+
+@pytest.mark.parametrize('leaf', LEAVES.values(), ids=LEAVES.keys())
+@pytest.mark.parametrize('num_classes', [1, 8, 17])
+def test_a_wrong_number_of_classes_loses_no_state(leaf, num_classes):
+    with pytest.raises(ValueError, match=rf'num_classes is {num_classes}, but the table has rows of 16 classes'):
+        clj.unshard_centers(clj.shard_centers(leaf, over(8), fill=0), num_classes)
+
+
+def test_padding_may_hold_the_number_with_which_an_optimizer_starts(table):
+    state: Any = clj.by_rows(optax.adagrad(0.1)).init(clj.shard_centers(table, over(8)))
+    np.testing.assert_array_equal(
+        clj.unshard_centers(optax.tree.get(state, 'sum_of_squares'), 10), np.full((10, 3), 0.1, np.float32)
+    )
+
+
+def test_a_nan_beyond_the_classes_is_no_padding():
+    with pytest.raises(ValueError, match='num_classes is 3'):
+        clj.unshard_centers(np.array([1, 2, 3, np.nan, np.nan], np.float32), 3)
+
+
+ADAM = clj.by_rows(optax.adam(0.1))
+
+
+@jax.jit
+def adam_step(run, x, labels):
+    """Returns the table and the state after a step on the squared distances of features to the rows of their labels."""
+    table, state = run
+    rows = clj.RowUpdates(labels, table[labels] - x, kind='gradient')
+    return update(ADAM, rows, state, table)
+
+
+def test_a_run_with_adam_that_is_saved_on_eight_devices_goes_on_on_four_and_on_one():
+    rng, num_classes = np.random.default_rng(0), 1003
+    batches = [(rng.normal(size=(32, 3)).astype(np.float32), rng.integers(0, num_classes, 32)) for _ in range(6)]
+    table = rng.normal(size=(num_classes, 3)).astype(np.float32)
+
+    def load(num_devices, table, state):
+        put = lambda leaf: clj.shard_centers(leaf, over(num_devices), fill=0) if np.ndim(leaf) else leaf  # noqa: E731
+        return clj.shard_centers(table, over(num_devices)), jax.tree.map(put, state)
+
+    def save(run) -> Any:
+        return jax.tree.map(lambda leaf: clj.unshard_centers(leaf, num_classes) if leaf.ndim else np.asarray(leaf), run)
+
+    saved = start = table, jax.tree.map(np.asarray, ADAM.init(table))
+    for num_devices in (8, 4, 1):
+        run = load(num_devices, *saved)
+        for batch in batches[:2]:
+            run = adam_step(run, *batch)
+        assert optax.tree.get(run[1], 'mu').sharding.is_equivalent_to(over(num_devices), 2)
+        saved, batches = save(run), batches[2:] + batches[:2]
+        assert {leaf.shape for leaf in jax.tree.leaves(saved)} == {(num_classes, 3), ()}
+    expected = load(1, *start)
+    for batch in batches:
+        expected = adam_step(expected, *batch)
+    chex.assert_trees_all_close(saved, save(expected), rtol=1e-6, atol=1e-6)
+    assert (saved[0] != table).any(axis=1).sum() > 150
 
 
 @pytest.mark.parametrize('num_classes', [None, 10])

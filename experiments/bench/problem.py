@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-ALPHA = 0.5
+ALPHA = 0.5  # of the centers
+RATE, MOMENTUM = 0.1, 0.9  # of the SGD of a classifier
 
 
 class Problem(NamedTuple):

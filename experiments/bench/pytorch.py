@@ -29,23 +29,25 @@ def _counts(torch: Any, labels: Any) -> Any:
     return count[index]
 
 
-def _device(torch: Any) -> str:
+def device_kind(torch: Any) -> str:
     """Returns the kind of device that JAX uses."""
     return 'cuda' if torch.cuda.is_available() and not on_cpu() else 'cpu'
 
 
-def _repeat(torch: Any, step: Callable) -> Implementation:
+def repeat(torch: Any, step: Callable) -> Implementation:
+    """Returns an implementation whose steps are calls of `step`."""
+
     def steps():
         while True:
             yield step()
 
-    cuda = _device(torch) == 'cuda'
+    cuda = device_kind(torch) == 'cuda'
     return Implementation(steps(), lambda _: torch.cuda.synchronize() if cuda else None)
 
 
 def _problem(torch: Any, problem: Problem) -> tuple[Any, Any, Any]:
-    x, labels = (torch.from_numpy(array).to(_device(torch)) for array in problem.batch())
-    return torch.ones((problem.num_classes, problem.feature_dim), device=_device(torch)), x, labels.long()
+    x, labels = (torch.from_numpy(array).to(device_kind(torch)) for array in problem.batch())
+    return torch.ones((problem.num_classes, problem.feature_dim), device=device_kind(torch)), x, labels.long()
 
 
 def dense(torch: Any, problem: Problem) -> Implementation | None:
@@ -85,7 +87,7 @@ def _with_sgd(torch: Any, table: Any, x: Any, loss: Callable) -> Implementation:
         loss(x, centers).backward()
         optimizer.step()
 
-    return _repeat(torch, step)
+    return repeat(torch, step)
 
 
 def _eq_4(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
@@ -97,14 +99,14 @@ def _eq_4(table: Any, x: Any, labels: Any, counts: Any) -> tuple[Any, Any]:
 def eager(torch: Any, problem: Problem) -> Implementation:
     """Computes Eq. 4 without autograd, by `index_add_`."""
     table, x, labels = _problem(torch, problem)
-    return _repeat(torch, lambda: _eq_4(table, x, labels, _counts(torch, labels)))
+    return repeat(torch, lambda: _eq_4(table, x, labels, _counts(torch, labels)))
 
 
 def compiled(torch: Any, problem: Problem) -> Implementation:
     """Computes Eq. 4 under `torch.compile`. The counts stay outside, because the size of `unique` depends on data."""
     table, x, labels = _problem(torch, problem)
     compiled_eq_4 = torch.compile(_eq_4)
-    return _repeat(torch, lambda: compiled_eq_4(table, x, labels, _counts(torch, labels)))
+    return repeat(torch, lambda: compiled_eq_4(table, x, labels, _counts(torch, labels)))
 
 
 FORMS = {
@@ -127,7 +129,7 @@ def toy_step(
             channels = width
         layers.append(torch.nn.MaxPool2d(2))
     pixels = channels * (images.shape[1] // 4) * (images.shape[2] // 4)
-    device = _device(torch)
+    device = device_kind(torch)
     trunk = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(pixels, 2)).to(device)
     classifier = torch.nn.Linear(2, num_classes, bias=False, device=device)
     centers = torch.nn.Parameter(torch.zeros(num_classes, 2, device=device))
@@ -144,4 +146,4 @@ def toy_step(
         adam.step()
         sgd.step()
 
-    return _repeat(torch, step)
+    return repeat(torch, step)

@@ -60,6 +60,14 @@ def linen_module(x, table, labels):
     return clj.linen.CenterLoss(len(table)).apply({'centers': {'centers': table}}, x, labels)
 
 
+def linen_softmax(x, table, labels):
+    return clj.linen.SoftmaxLoss(len(table)).apply({'classifier': {'table': table}}, x, labels)
+
+
+def nnx_softmax(x, table, labels):
+    return clj.nnx.SoftmaxLoss(*table.shape, table_init=lambda *_: table, rngs=nnx.Rngs(0))(x, labels)
+
+
 def nnx_module(x, table, labels):
     center = clj.nnx.CenterLoss(*table.shape, centers_init=lambda *_: table, rngs=nnx.Rngs(0))
     return center(x, labels)
@@ -87,6 +95,8 @@ FUNCTIONS = {
     'class_statistics': statistics,
     'linen.CenterLoss': linen_module,
     'nnx.CenterLoss': nnx_module,
+    'linen.SoftmaxLoss': linen_softmax,
+    'nnx.SoftmaxLoss': nnx_softmax,
 }
 
 

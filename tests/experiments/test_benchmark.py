@@ -1,6 +1,8 @@
 """The benchmark measures what it says: every arm makes the step of the oracle, and every number is in the table."""
 
 import csv
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 from PIL import Image
 
 from experiments import benchmark
-from experiments.bench import ours, pytorch, timing, turns
-from experiments.bench.problem import Problem
+from experiments.bench import ours, ours_classifier, pytorch, pytorch_classifier, timing, turns
+from experiments.bench.problem import RATE, Problem
 from experiments.launch.errors import FlagError
 from experiments.launch.mesh import choose
 
@@ -36,7 +38,7 @@ def test_every_layout_takes_the_same_step_and_is_measured_with_its_memory(arm):
     sums = np.stack([np.sum((x - 1)[labels == c], axis=0) for c in range(24)])
     for copy in np.reshape(moved, (devices, 24, 6)):
         np.testing.assert_allclose(copy, 1 + 0.5 * sums / (1 + counts), rtol=1e-5)
-    assert measured.temporary_bytes > 0
+    assert measured.temporary_bytes
     assert measured.accessed_bytes > 64 * 6 * 4
 
 
@@ -50,6 +52,61 @@ def test_one_layout_is_measured_where_it_is_named():
 @pytest.mark.parametrize('arm', pytorch.FORMS.values(), ids=pytorch.FORMS.keys())
 def test_every_torch_arm_runs(arm):
     next(arm(pytorch.installed(), PROBLEM).steps)
+
+
+def softmax_step(table, x, labels):
+    """Returns the loss, its gradient for x, and the table after a step, over all classes."""
+    logits = x @ table.T
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares = exponentials / exponentials.sum(axis=1, keepdims=True)
+    loss = -np.log(shares[np.arange(len(x)), labels]).mean()
+    residuals = (shares - np.eye(len(table))[labels]) / len(x)
+    return loss, residuals @ table, table - RATE * residuals.T @ x
+
+
+@pytest.mark.parametrize('share', [None, 1.0])
+def test_the_step_of_the_classifier_is_that_of_numpy(share):
+    problem = Problem(batch_size=16, num_classes=24, feature_dim=6)
+    make = ours_classifier.full_softmax if share is None else partial(ours_classifier.sampled_softmax, share=share)
+    measured = make(problem)
+    x, labels = problem.batch()
+    start = np.asarray(ours_classifier.first_table(problem), np.float64)
+    loss, gradient, moved = softmax_step(start, x, labels)
+    got_table, got_loss, got_gradient = next(measured.steps)
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(got_gradient, gradient, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(got_table, moved, rtol=1e-4, atol=1e-6)
+    assert measured.temporary_bytes
+
+
+def test_a_sample_has_room_for_every_class_of_a_batch():
+    assert ours_classifier.num_sampled(Problem(16, 1000, 6), 0.1) == 100
+    assert ours_classifier.num_sampled(Problem(200, 1000, 6), 0.1) == 200
+    assert ours_classifier.num_sampled(Problem(200, 100, 6), 0.1) == 100
+
+
+TORCH_CLASSIFIERS: dict[str, Any] = {'torch, linear': pytorch_classifier.full_linear}
+TORCH_CLASSIFIERS |= {name: partial(arm, share=0.9) for name, arm in pytorch_classifier.SAMPLED_FORMS.items()}
+
+
+@pytest.mark.skipif(pytorch.installed() is None, reason='PyTorch is not installed')
+@pytest.mark.parametrize('arm', TORCH_CLASSIFIERS.values(), ids=TORCH_CLASSIFIERS.keys())
+def test_every_torch_classifier_runs_with_its_memory(arm):
+    measured = arm(pytorch.installed(), Problem(batch_size=16, num_classes=24, feature_dim=6))
+    next(measured.steps)
+    assert measured.temporary_bytes
+
+
+def test_a_classifier_is_measured_over_all_classes_and_over_a_sample(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(turns, 'TURNS', 1)
+    sizes = {'batch_sizes': (16,), 'classes': (24,), 'feature_dim': 6, 'rounds': 1, 'sampled_share': 0.9}
+    benchmark.main(benchmark.Config(**sizes, step='classifier', parallel='none', out=tmp_path / 'out'))
+    with (tmp_path / 'out' / 'benchmark.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    ours_by_step = {row['step'] for row in rows if row['arm'] == 'centerloss_jax'}
+    assert ours_by_step == {'softmax', 'softmax over a share of 0.9'}
+    assert all(float(row['step_seconds']) > 0 and float(row['temporary_bytes']) > 0 for row in rows)
+    assert 'softmax over a share of 0.9' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('slow', 'expected'), [(60.0, turns.TURNS), (0.0, 1)])
@@ -122,8 +179,16 @@ def test_numbers_are_written_to_the_table_and_the_picture(tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize(
-    'settings', [{'classes': ()}, {'batch_sizes': (0,)}, {'rounds': 0}, {'feature_dim': -1}], ids=str
+    'settings',
+    [{'classes': ()}, {'batch_sizes': (0,)}, {'rounds': 0}, {'feature_dim': -1}, {'sampled_share': 1.1}],
+    ids=str,
 )
 def test_wrong_sizes_are_named(settings):
     with pytest.raises(FlagError, match='--' + next(iter(settings)).replace('_', '-')):
         benchmark.Config(**settings)
+
+
+@pytest.mark.parametrize('settings', [{'parallel': 'pmap'}, {'mesh': 'data=8'}, {'distributed': True}], ids=str)
+def test_a_classifier_on_several_devices_is_refused(settings):
+    with pytest.raises(FlagError, match='--step classifier runs on one device'):
+        benchmark.Config(step='classifier', **settings)

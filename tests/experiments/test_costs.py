@@ -1,5 +1,6 @@
 """The cost model against what the compiler reports: what is kept, and what travels, of the step on several meshes."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 import centerloss_jax as clj
 from experiments import costs
 from experiments.launch import cli
+from experiments.launch.errors import FlagError
 from experiments.launch.mesh import over_mesh
-from tests.support.programs import AS_USERS, collective_sizes
+from tests.support.programs import AS_USERS, collective_sizes, memory, shapes
 
 B, D, C = 4096, 64, 1_000_000
 
@@ -71,6 +73,43 @@ def test_by_hand():
     assert costs.step_costs(4, 2, 5).temporaries == 5 * 64 + 4 * 8
 
 
+def test_the_classifier_by_hand():
+    # 4 of 10 rows on each of 3 devices, and 2 of 5 sampled ones; each has the features of 6 examples.
+    assert costs.classifier_costs(10, 2, 6, 5, devices=3) == (32, 32, 64, 32, 8 * (10 + 12) + 64 * 2 + 16 * 6 * 2)
+    assert costs.classifier_costs(10, 2, 6, 5).temporaries == 8 * 25 + 64 * 5 + 16 * 6 * 5
+
+
+@pytest.mark.parametrize(('name', 'devices'), [('adam', 1), pytest.param('momentum', 8, marks=pytest.mark.slow)])
+def test_the_model_of_the_classifier_is_what_the_compiler_reports(name, devices):
+    # A device computes with the rows of its own classes, so its program is that of a table of this size.
+    num_classes, num_sampled, batch_size = 160_000, 16_000, 128
+    optimizer = {'momentum': optax.sgd(0.1, momentum=0.9), 'adam': optax.adam(1e-3)}[name]
+    tx: Any = clj.by_rows(optimizer)
+
+    def step(table, state, key, x, labels):
+        classes = clj.sample_classes(key, labels, len(table), num_sampled // devices)
+        loss_fn = partial(clj.margin_softmax_and_rows, table=table, labels=labels, classes=classes)
+        (_, rows), gradient = jax.value_and_grad(loss_fn, has_aux=True)(x)
+        updates, state = tx.update(rows, state, table)
+        return optax.apply_updates(table, updates), state, gradient
+
+    key = jax.eval_shape(jax.random.key, 0)
+    table, x, labels = shapes(
+        ((num_classes // devices, D), jnp.float32), ((batch_size, D), jnp.float32), ((batch_size,), jnp.int32)
+    )
+    step = jax.jit(step, donate_argnums=(0, 1))
+    reported = memory(step, table, jax.eval_shape(tx.init, table), key, x, labels)
+    model = costs.classifier_costs(num_classes, D, batch_size, num_sampled, devices=devices)
+    kept = model.weights + getattr(model, name)
+    assert kept <= reported.alias_size_in_bytes < 1.01 * kept
+    assert model.sample < reported.temp_size_in_bytes < model.temporaries < 2 * reported.temp_size_in_bytes
+
+
+def test_a_share_of_no_class_is_named():
+    with pytest.raises(FlagError, match=r'--sampled-share must be above 0 and at most 1, got 0\.0'):
+        costs.Config(sampled_share=0.0)
+
+
 def test_no_mesh_is_one_line_that_names_the_flag_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(costs.Config, costs.main, 'experiments.costs', ['--meshes'])
@@ -85,3 +124,5 @@ def test_the_command_prints_a_row_for_each_mesh(capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert [line.split()[1] for line in printed.splitlines() if '=' in line] == ['classes=4', 'data=2,classes=4']
+    rows = [line.split()[1] for line in printed.split('devices')[1].splitlines() if line.startswith('│')]
+    assert rows == ['4', '8']

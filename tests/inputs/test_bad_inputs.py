@@ -90,12 +90,25 @@ def of_nnx(num_classes: Any = 3, num_features: Any = 2, x: Any = X, **options):
     return lambda: clj.nnx.CenterLoss(num_classes, num_features, **{'rngs': nnx.Rngs(0), **options})(x, LABELS)
 
 
+def linen_softmax(num_classes: Any = 3, x: Any = X, options: Any = None, **attributes):
+    module = clj.linen.SoftmaxLoss(num_classes, **attributes)
+    return lambda: module.init(jax.random.key(0), x, LABELS, **(options or {}))
+
+
+def nnx_softmax(num_classes: Any = 3, num_features: Any = 2, options: Any = None, **arguments):
+    def call():
+        module = clj.nnx.SoftmaxLoss(num_classes, num_features, **{'rngs': nnx.Rngs(0), **arguments})
+        return module(X, LABELS, **(options or {}))
+
+    return call
+
+
 def check_labels(labels: Any = LABELS, num_classes: Any = 3):
     return partial(clj.check_labels, labels, num_classes)
 
 
-def shard(centers: Any = C, sharding: Any = BY_ROWS):
-    return partial(clj.shard_centers, centers, sharding)
+def shard(table: Any = C, sharding: Any = BY_ROWS, **options):
+    return partial(clj.shard_centers, table, sharding, **options)
 
 
 def unshard(table: Any = C, num_classes: Any = None):
@@ -320,22 +333,32 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         ),
     ],
     'shard_centers': [
-        (shard(None), TypeError, r'centers must be floating point.*object'),
-        (shard('abc'), TypeError, r'centers must be floating point.*str'),
-        (shard([[1, 2]]), TypeError, r'centers must be floating point.*int'),
-        (shard(RAGGED), TypeError, r'centers must be.*list'),
-        (shard(C[0]), ValueError, r'centers must have shape.*\[2\]'),
+        (shard(None), TypeError, r'table must be an array of numbers.*object'),
+        (shard('abc'), TypeError, r'table must be an array of numbers.*str'),
+        (shard(KEYS, fill=0), TypeError, r'table must be an array of numbers.*Key'),
+        (shard(RAGGED), TypeError, r'table must be.*list'),
+        (shard([[1, 2]]), TypeError, r'table must be floating point.*int64\[1,2\].*fill=0'),
+        (shard(NARROW), TypeError, r'table must be float16 or wider.*float8'),
+        (shard(C[0]), ValueError, r'table must have shape \[C, D\].*\[2\].*fill=0'),
+        (shard(C[:0]), ValueError, r'table must have shape \[C, \.\.\.\].*\[0, 2\]'),
+        (shard(np.float32(1), fill=0), ValueError, r'table must have shape \[C, \.\.\.\].*\[\]'),
+        (shard(fill=1.0), ValueError, r'fill must be numpy.inf for centers, or 0.*1\.0'),
+        (shard(fill=None), ValueError, r'fill must be.*None'),
+        (shard(fill=np.zeros(2)), ValueError, r'fill must be.*array'),
         (shard(sharding=None), TypeError, r'sharding must be a NamedSharding.*NoneType'),
         (shard(sharding=P('classes')), TypeError, r'sharding must be a NamedSharding.*P'),
         (shard(sharding=MESH), TypeError, r'sharding must be a NamedSharding.*Mesh'),
-        (traced(lambda c: shard(c)(), C), TypeError, r'values of centers.*outside of jax.jit'),
+        (shard(C[0], NamedSharding(MESH, P(None, 'classes')), fill=0), ValueError, r'sharding is.*more axes.*\[2\]'),
+        (traced(lambda c: shard(c)(), C), TypeError, r'values of table.*outside of jax.jit'),
     ],
     'unshard_centers': [
-        (unshard(None), TypeError, r'table must be floating point.*object'),
-        (unshard(C.astype(int)), TypeError, r'table must be floating point.*int'),
-        (unshard(C[0]), ValueError, r'table must have shape.*\[2\]'),
+        (unshard(None), TypeError, r'table must be an array of numbers.*object'),
+        (unshard(RAGGED), TypeError, r'table must be an array of numbers.*list'),
+        (unshard(C[:0]), ValueError, r'table must have shape.*\[0, 2\]'),
         (unshard(np.float32(1)), ValueError, r'table must have shape.*\[\]'),
-        (unshard(num_classes='3'), ValueError, r"num_classes is '3'"),
+        (unshard(num_classes='3'), ValueError, r"num_classes must be an integer of at least 1, got '3'"),
+        (unshard(num_classes=0), ValueError, r'num_classes must be an integer of at least 1, got 0'),
+        (unshard(num_classes=4), ValueError, r'num_classes is 4, but the table has rows of 3 classes'),
         (traced(lambda c: unshard(c)(), C), TypeError, r'values of table.*outside of jax.jit'),
     ],
     'check_replicas': [
@@ -352,9 +375,10 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (linen(x=np.float32(1), labels=0), ValueError, r'x must have shape.*\[\]'),
         (linen(x=None), TypeError, r'x must be.*NoneType'),
         (linen(labels=LABELS + 1), ValueError, r'labels\[1\] is 3'),
-        (linen(dtype=jnp.int32), TypeError, r'centers of centers_init must be floating point.*int32'),
+        (linen(dtype=jnp.int32), TypeError, r'dtype must be floating point, got.*int32'),
+        (linen(centers_init=lambda *_: C.astype(int)), TypeError, r'array of centers_init must be floating point.*int'),
         (linen(centers_init=C), TypeError, r'centers_init must be an initializer'),
-        (linen(centers_init=lambda *_: None), ValueError, r'centers_init must return centers \[3, 2\], got \[\]'),
+        (linen(centers_init=lambda *_: None), ValueError, r'centers_init must return an array \[3, 2\], got \[\]'),
         (linen(centers_init=lambda *_: jnp.ones((2, 3))), ValueError, r'centers_init.*\[3, 2\], got \[2, 3\]'),
     ],
     'nnx.CenterLoss': [
@@ -362,13 +386,35 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (of_nnx(num_features=0), ValueError, r'num_features must be an integer of at least 1, got 0'),
         (of_nnx(num_features=None), ValueError, r'num_features must be an integer.*None'),
         (of_nnx(rngs=0), TypeError, r'rngs must be nnx.Rngs.*0'),
-        (of_nnx(dtype=jnp.float8_e5m2), TypeError, r'centers of centers_init must be float16 or wider.*float8'),
+        (of_nnx(dtype=jnp.float8_e5m2), TypeError, r'array of centers_init must be float16 or wider.*float8'),
         (of_nnx(centers_init=None), TypeError, r'centers_init must be an initializer.*None'),
         (of_nnx(centers_init=lambda *_: jnp.ones(3)), ValueError, r'centers_init.*\[3, 2\], got \[3\]'),
         (of_nnx(x=np.ones((4, 5), np.float32)), ValueError, r'x must have shape.*D=2.*\[4, 5\]'),
     ],
-    'nnx.Classifier': [
-        (row_step(params=clj.nnx.Classifier(jnp.ones(2))), ValueError, r'table of by_rows must have shape.*\[2\]'),
+    'linen.SoftmaxLoss': [
+        (linen_softmax(0), ValueError, r'num_classes must be an integer of at least 1, got 0'),
+        (linen_softmax(x=None), TypeError, r'x must be.*NoneType'),
+        (linen_softmax(loss_fn=None), TypeError, r'loss_fn must be a loss that returns \(loss, rows\).*None'),
+        (linen_softmax(loss_fn=clj.margin_softmax), TypeError, r'loss_fn must be.*but it has returned'),
+        (linen_softmax(options={'classes': [2, 0, 1]}), ValueError, r'classes must be distinct'),
+        (linen_softmax(options={'scale': 0}), ValueError, r'scale must be positive, got 0'),
+        (linen_softmax(options={'margin': 0}), TypeError, r"unexpected keyword argument 'margin'"),
+        (linen_softmax(dtype=jnp.int32), TypeError, r'dtype must be floating point, got.*int32'),
+        (linen_softmax(table_init=C), TypeError, r'table_init must be an initializer'),
+        (linen_softmax(table_init=lambda *_: jnp.ones(3)), ValueError, r'table_init.*\[3, 2\], got \[3\]'),
+    ],
+    'nnx.SoftmaxLoss': [
+        (nnx_softmax('3'), ValueError, r"num_classes must be an integer.*'3'"),
+        (nnx_softmax(num_features=None), ValueError, r'num_features must be an integer.*None'),
+        (nnx_softmax(num_features=5), ValueError, r'x must have shape.*D=5.*\[4, 2\]'),
+        (nnx_softmax(rngs=0), TypeError, r'rngs must be nnx.Rngs.*0'),
+        (nnx_softmax(loss_fn=X), TypeError, r'loss_fn must be a loss that returns'),
+        (nnx_softmax(loss_fn=lambda *_: (0.0, 0.0)), TypeError, r'loss_fn must be.*but it has returned tuple'),
+        (nnx_softmax(options={'weight': '1'}), TypeError, r"weight must be a number, got '1'"),
+        (nnx_softmax(table_init=None), TypeError, r'table_init must be an initializer.*None'),
+    ],
+    'nnx.Table': [
+        (row_step(params=clj.nnx.Table(jnp.ones(2))), ValueError, r'table of by_rows must have shape.*\[2\]'),
     ],
     'nnx.Centers': [
         (loss(centers=clj.nnx.Centers(jnp.ones(2))), ValueError, r'centers must have shape.*\[2\]'),
@@ -383,7 +429,10 @@ CASES = [
 
 
 def test_every_public_name_is_in_the_table():
-    functions = {'linen': {'linen.CenterLoss'}, 'nnx': {'nnx.CenterLoss', 'nnx.Centers', 'nnx.Classifier'}}
+    functions = {
+        'linen': {'linen.CenterLoss', 'linen.SoftmaxLoss'},
+        'nnx': {'nnx.CenterLoss', 'nnx.Centers', 'nnx.SoftmaxLoss', 'nnx.Table'},
+    }
     names = set[str]().union(*(functions.get(name, {name}) for name in clj.__all__))
     assert set(BAD) == names - {'CenterUpdateState', 'ByRowsState'}  # NamedTuples, which take anything
 
