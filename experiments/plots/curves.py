@@ -97,6 +97,41 @@ def draw_sweep(
     return figure
 
 
+def draw_points(
+    path: Path, measures: Mapping[str, Mapping[str, Mapping[str, Interval]]], seeds: int, *, title: str, caption: str
+) -> Figure:
+    """Writes a figure of points with their intervals, a panel for each measure, and returns it.
+
+    Args:
+        path: The PNG file to write.
+        measures: `{measure: {row: {series: interval}}}`. Each row has a line of its own, each series a colour.
+        seeds: The number of seeds.
+        title: What was compared.
+        caption: What the picture shows.
+    """
+    rows = list(next(iter(measures.values())))
+    figure = Figure(figsize=(10, 0.45 * len(rows) + 2.6), dpi=120, layout='constrained')
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
+    panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
+    for axes, (measure, values) in zip(panels, measures.items(), strict=True):
+        names = list(dict.fromkeys(name for row in values.values() for name in row))
+        for place, name in enumerate(names):
+            points = [values[row][name] for row in rows]
+            y = np.arange(len(rows)) + (place + 1) / (len(names) + 1) - 0.5
+            means, bars = [point.mean for point in points], [point.half_width for point in points]
+            color, marker = STYLES[place % len(STYLES)][0], 'osD^v'[place % len(STYLES)]
+            axes.errorbar(means, y, xerr=bars, color=color, linestyle='', marker=marker, capsize=2, label=name)
+        axes.set_xlabel(measure)
+        axes.grid(color='0.92', axis='x')
+    panels[0].set_yticks(range(len(rows)), rows)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside upper center', ncols=5, frameon=False)
+    figure.supxlabel(f'{caption} {seeds_note(seeds)}', fontsize=9, color='0.35')
+    save_figure(path, figure)
+    return figure
+
+
 def _lines(axes: Axes, values: Mapping[tuple[float, float], Interval], setting: int) -> None:
     """Draws the values against setting 0 (weight) or 1 (alpha), with a line for each value of the other setting.
 

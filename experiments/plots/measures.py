@@ -41,6 +41,10 @@ MEASURES = {
         'TAR at FAR 0.001',
         'True accept rate at the threshold that accepts one in a thousand pairs of two classes.',
     ),
+    'tar_at_far_0.0001': (
+        'TAR at FAR 0.0001',
+        'True accept rate at the threshold that accepts one in ten thousand pairs of two classes.',
+    ),
     'rank_1': (
         'rank-1',
         'Share of the held-out examples whose most similar other example has the same class. Also called CMC rank-1, '

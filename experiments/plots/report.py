@@ -36,7 +36,8 @@ def write_report(
     Args:
       path: The HTML file to write.
       title: What was run.
-      summary: Measures of each arm, `{arm: {measure: value}}`. Other entries are shown below the table.
+      summary: Measures of each arm, `{arm: {measure: value}}`. Other entries are shown below the table. An arm is a
+        column, or a row where there are more arms than measures.
       metrics: Rows with an `epoch`, an `arm`, and numbers or None. Each column of numbers becomes a chart.
       pictures: Image files by caption.
       config: Settings. An entry that is a mapping (such as versions) becomes a table with its name as heading.
@@ -60,9 +61,7 @@ def write_report(
         title=title,
         lead=lead,
         command=command,
-        differences=differences,
-        arms=arms,
-        measures=measures,
+        results=_results(arms, measures, differences),
         collapsed=[name for name, values in arms.items() if values.get('collapsed')],
         remarks={key: value for key, value in summary.items() if key not in arms},
         pictures=pictures,
@@ -73,6 +72,22 @@ def write_report(
         files=_data_files(path.parent),
     )
     write_text(path, page)
+
+
+def _results(
+    arms: Mapping[str, Mapping[str, Any]], measures: Sequence[str], differences: Collection[str]
+) -> dict[str, dict[str, str]]:
+    """Returns the texts of the table of results, by row and column."""
+    texts = {
+        arm: {
+            measure_name(measure): format_value(values.get(measure), measure, difference=arm in differences)
+            for measure in measures
+        }
+        for arm, values in arms.items()
+    }
+    if len(arms) > len(measures):
+        return texts
+    return {name: {arm: values[name] for arm, values in texts.items()} for name in map(measure_name, measures)}
 
 
 def _order(measure: str) -> tuple[int, str]:
