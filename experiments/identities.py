@@ -30,8 +30,8 @@ _TABLE, _PICTURE = 'identities.csv', 'identities.png'
 MEASURED = ('eer', 'tar_at_far_0.1', 'tar_at_far_0.01', 'tar_at_far_0.001', 'tar_at_far_0.0001', 'rank_1')
 DRAWN = ('eer', 'tar_at_far_0.001', 'rank_1')
 
-# In the name of a difference between two weights in summary.json.
-DIFFERENCE = ', change by weight '
+# Ends the name of a difference between a weight and no weight in summary.json.
+DIFFERENCE = ' - 0'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config(Resumable):
     """softmaxes: of inner products, of cosines with a margin, of squared distances"""
     sample_shares: tuple[float, ...] = (1.0, 0.1)
     """shares of the classes in the softmax of a step; 1 takes all classes"""
-    center_weights: tuple[float, ...] = (0.0, 0.1)
+    center_weights: tuple[float, ...] = (0.0, 0.01)
     """weights lambda of the center loss; 0 trains without it"""
     steps: int = 1200
     """number of training steps of each network"""
@@ -166,10 +166,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, weights in groups.items():
         for weight, seeds in weights.items():
             summary[f'{name}, weight {weight:g}'] = intervals(seeds, MEASURED)
-        for weight in weights.keys() - {0} if 0 in weights else ():
+        for weight in filter(None, weights) if 0 in weights else ():
             pairs = zip(weights[weight], weights[0], strict=True)
             changes = [{key: new[key] - old[key] for key in MEASURED} for new, old in pairs]
-            summary[f'{name}{DIFFERENCE}{weight:g}'] = intervals(changes, MEASURED)
+            summary[f'{name}, weight {weight:g}{DIFFERENCE}'] = intervals(changes, MEASURED)
     return summary
 
 
@@ -179,7 +179,7 @@ def unseen_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
 
     table = Table('', *(Column(measure_name(key), justify='right') for key in DRAWN))
     for name, values in summary.items():
-        table.add_row(name, *(format_value(values[key], key, difference=DIFFERENCE in name) for key in DRAWN))
+        table.add_row(name, *(format_value(values[key], key, difference=name.endswith(DIFFERENCE)) for key in DRAWN))
     return table
 
 
@@ -201,7 +201,7 @@ def _draw(config: Config, run: 'Run', rows: Sequence[Mapping[str, Any]], summary
     lead = (
         'The data is made, not loaded: an identity is a random vector, an example a random network of it, of a '
         'nuisance and of noise. A softmax is over all classes in each step, or over a share of them. '
-        f'{seeds_note(config.seeds)} A row with a difference is within a seed'
+        f'{seeds_note(config.seeds)} A row that ends in - 0 is the difference to weight 0 within a seed'
     )
     write_report(
         run.out / 'report.html',
@@ -212,7 +212,7 @@ def _draw(config: Config, run: 'Run', rows: Sequence[Mapping[str, Any]], summary
         pictures={'Error, true accepts and retrieval of unseen identities, by softmax and weight': run.out / _PICTURE},
         config=run.config(),
         command=config.command(),
-        differences=[name for name in summary if DIFFERENCE in name],
+        differences=[name for name in summary if name.endswith(DIFFERENCE)],
     )
 
 

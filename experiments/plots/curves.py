@@ -126,7 +126,7 @@ def draw_points(
         axes.grid(color='0.92', axis='x')
     panels[0].set_yticks(range(len(rows)), rows)
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside upper center', ncols=5, frameon=False)
+    panels[0].legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=5)
     figure.supxlabel(f'{caption} {seeds_note(seeds)}', fontsize=9, color='0.35')
     save_figure(path, figure)
     return figure

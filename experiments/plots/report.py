@@ -47,6 +47,7 @@ def write_report(
     """
     arms = {name: values for name, values in summary.items() if isinstance(values, Mapping)}
     measures = sorted({key for values in arms.values() for key in values}, key=_order)
+    by_arm = len(arms) > len(measures)
     figures = metric_figures(metrics)
     explained = sorted({*measures, *figures}, key=_order)
     environment = jinja2.Environment(
@@ -61,7 +62,8 @@ def write_report(
         title=title,
         lead=lead,
         command=command,
-        results=_results(arms, measures, differences),
+        results=_results(arms, measures, differences, by_arm),
+        by_arm=by_arm,
         collapsed=[name for name, values in arms.items() if values.get('collapsed')],
         remarks={key: value for key, value in summary.items() if key not in arms},
         pictures=pictures,
@@ -75,19 +77,16 @@ def write_report(
 
 
 def _results(
-    arms: Mapping[str, Mapping[str, Any]], measures: Sequence[str], differences: Collection[str]
+    arms: Mapping[str, Mapping[str, Any]], measures: Sequence[str], differences: Collection[str], by_arm: bool
 ) -> dict[str, dict[str, str]]:
     """Returns the texts of the table of results, by row and column."""
-    texts = {
-        arm: {
-            measure_name(measure): format_value(values.get(measure), measure, difference=arm in differences)
-            for measure in measures
-        }
-        for arm, values in arms.items()
-    }
-    if len(arms) > len(measures):
-        return texts
-    return {name: {arm: values[name] for arm, values in texts.items()} for name in map(measure_name, measures)}
+
+    def text(arm: str, measure: str) -> str:
+        return format_value(arms[arm].get(measure), measure, difference=arm in differences)
+
+    if by_arm:
+        return {arm: {measure_name(measure): text(arm, measure) for measure in measures} for arm in arms}
+    return {measure_name(measure): {arm: text(arm, measure) for arm in arms} for measure in measures}
 
 
 def _order(measure: str) -> tuple[int, str]:

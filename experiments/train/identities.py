@@ -90,6 +90,7 @@ def make_world(seed: Any) -> World:
     return World(identities, batches, unseen, hidden, shown)
 
 
+@jax.jit
 def make_examples(world: World, key: Array, identities: Any, noise: float) -> Array:
     """Returns an example of each identity, float32 `[B, SHOWN]`.
 
@@ -130,7 +131,7 @@ def _optimizer(steps: int, has_centers: bool) -> optax.GradientTransformation:
     network, classifier = map(optax.adam, schedules)
     if has_centers:
         return clj.with_centers(network, ALPHA, classifier=clj.by_rows(classifier))
-    transforms = {'params': network, 'classifier': clj.by_rows(classifier)}
+    transforms: Any = {'params': network, 'classifier': clj.by_rows(classifier)}
     return optax.partition(transforms, {name: name for name in transforms})
 
 
@@ -167,19 +168,21 @@ def identities_step(
     if num_sampled < setup.num_classes:
         classes = clj.sample_classes(key_of_sample, labels, setup.num_classes, num_sampled)
 
+    params: Any = state.params
+
     def loss_fn(network):
         features = state.apply_fn({'params': network}, examples)
-        softmax_and_rows = partial(SOFTMAXES[loss], features, state.params['classifier'], labels, classes=classes)
+        softmax_and_rows = partial(SOFTMAXES[loss], features, params['classifier'], labels, classes=classes)
         if loss == 'distance':
             total, rows = softmax_and_rows(center_weight=center_weight)
             return total, {'classifier': rows}
         softmax, rows = softmax_and_rows()
         if loss == 'margin':
             features /= jnp.linalg.norm(features, axis=1, keepdims=True)
-        center, moves = clj.center_loss_and_rows(features, state.params['centers'], labels)
+        center, moves = clj.center_loss_and_rows(features, params['centers'], labels)
         return softmax + center_weight * center, {'classifier': rows, 'centers': moves}
 
-    (total, rows), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params['params'])
+    (total, rows), grads = jax.value_and_grad(loss_fn, has_aux=True)(params['params'])
     return state.apply_gradients(grads={'params': grads, **rows}), total
 
 

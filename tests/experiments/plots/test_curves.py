@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from experiments.metrics.held_out import Interval, Roc, interval
-from experiments.plots.curves import draw_roc, draw_sweep
+from experiments.plots.curves import draw_points, draw_roc, draw_sweep
 
 
 def curve(power: float) -> Roc:
@@ -63,6 +63,22 @@ def test_shares_end_at_100_percent(tmp_path, high, top):
     figure = draw_sweep(tmp_path / 'sweep.png', {'auc': values}, {'auc': interval([0.9, 0.95])}, 2, title='a sweep')
     for axes in figure.axes:
         assert axes.get_ylim()[1] == (top or pytest.approx(high + 0.2, abs=0.1))
+
+
+def test_points_have_a_line_for_each_row_and_stand_apart(tmp_path):
+    values = {
+        row: {series: Interval(m + n, m, m + 2 * n) for n, series in ((1, 'a'), (2, 'b'))}
+        for m, row in ((0, 'x'), (5, 'y'))
+    }
+    figure = draw_points(tmp_path / 'points.png', {'eer': values, 'rank-1': values}, 3, title='two', caption='Points.')
+    assert [axes.get_xlabel() for axes in figure.axes] == ['eer', 'rank-1']
+    for axes in figure.axes:
+        drawn = np.array([container[0].get_xydata() for container in axes.containers])  # [series, row, (x, y)]
+        np.testing.assert_allclose(drawn[..., 0], [[1, 6], [2, 7]])
+        assert len(np.unique(drawn[..., 1])) == 4
+        np.testing.assert_array_equal(drawn[..., 1].round(), [[0, 1], [0, 1]])
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ['x', 'y']
+    assert 'Points. Means over 3 seeds' in figure.get_supxlabel()
 
 
 @pytest.mark.parametrize('alphas', [(0.5,), (0.1, 0.5, 1.0)])

@@ -218,7 +218,19 @@ def test_a_difference_of_shares_is_in_points_and_a_phone_names_the_arm_of_each_n
         ['test accuracy', '95.10 ± 1.00 %', '-1.00 ± 2.00 points'],
         ['equal error rate', '0.3 ± 0.1', '0.1 ± 0.05'],
     ]
-    assert [cell.get('data-arm') for cell in page.all('td')[1:5]] == ['softmax', 'center - softmax'] * 2
+    assert [cell.get('data-column') for cell in page.all('td')[1:5]] == ['softmax', 'center - softmax'] * 2
+
+
+def test_arms_that_outnumber_the_measures_are_rows(write):
+    arms = {f'arm {number}': {'eer': number / 8, 'rank_1': 0.5} for number in range(3)}
+    page = Page(write(summary=arms))
+    assert page.rows[:4] == [
+        ['', 'equal error rate', 'rank-1'],
+        ['arm 0', '0', '0.5'],
+        ['arm 1', '0.125', '0.5'],
+        ['arm 2', '0.25', '0.5'],
+    ]
+    assert [cell.get('data-column') for cell in page.all('td')[1:3]] == ['equal error rate', 'rank-1']
 
 
 def test_a_collapsed_arm_is_named_at_the_top(write):
