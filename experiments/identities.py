@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 _TABLE, _PICTURE = 'identities.csv', 'identities.png'
 
-MEASURED = ('eer', 'tar_at_far_0.1', 'tar_at_far_0.01', 'tar_at_far_0.001', 'tar_at_far_0.0001', 'rank_1')
-DRAWN = ('eer', 'tar_at_far_0.001', 'rank_1')
+_MEASURED = ('eer', 'tar_at_far_0.1', 'tar_at_far_0.01', 'tar_at_far_0.001', 'tar_at_far_0.0001', 'rank_1')
+_DRAWN = ('eer', 'tar_at_far_0.001', 'rank_1')
 
 # Ends the name of a difference between a weight and no weight in summary.json.
-DIFFERENCE = ' - 0'
+_DIFFERENCE = ' - 0'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
             progress.remove_task(task)
             tell(f'{number} of {len(trials)}, {trial.name}: EER {row["eer"]:.4f}, rank-1 {row["rank_1"]:.3f}')
     write_table(run.out / _TABLE, rows)
-    summary = summarize(rows)
+    summary = summarize_trials(rows)
     run.write_summary(summary)
     console.print(unseen_table(summary))
     _draw(config, run, rows, summary)
@@ -155,7 +155,7 @@ def classifier_name(row: Mapping[str, Any]) -> str:
     return f'{row["loss"]}, {"all" if share == 1 else format(share, "g")}'
 
 
-def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def summarize_trials(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns the intervals of each network over the seeds, and of the differences that a weight makes in a seed."""
     from experiments.metrics.held_out import intervals
 
@@ -165,11 +165,11 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     summary = {}
     for name, weights in groups.items():
         for weight, seeds in weights.items():
-            summary[f'{name}, weight {weight:g}'] = intervals(seeds, MEASURED)
+            summary[f'{name}, weight {weight:g}'] = intervals(seeds, _MEASURED)
         for weight in filter(None, weights) if 0 in weights else ():
             pairs = zip(weights[weight], weights[0], strict=True)
-            changes = [{key: new[key] - old[key] for key in MEASURED} for new, old in pairs]
-            summary[f'{name}, weight {weight:g}{DIFFERENCE}'] = intervals(changes, MEASURED)
+            changes = [{key: new[key] - old[key] for key in _MEASURED} for new, old in pairs]
+            summary[f'{name}, weight {weight:g}{_DIFFERENCE}'] = intervals(changes, _MEASURED)
     return summary
 
 
@@ -177,9 +177,9 @@ def unseen_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns the results as a table for a terminal."""
     from experiments.plots.measures import format_value, measure_name
 
-    table = Table('', *(Column(measure_name(key), justify='right') for key in DRAWN))
+    table = Table('', *(Column(measure_name(key), justify='right') for key in _DRAWN))
     for name, values in summary.items():
-        table.add_row(name, *(format_value(values[key], key, difference=name.endswith(DIFFERENCE)) for key in DRAWN))
+        table.add_row(name, *(format_value(values[key], key, difference=name.endswith(_DIFFERENCE)) for key in _DRAWN))
     return table
 
 
@@ -193,7 +193,7 @@ def _draw(config: Config, run: 'Run', rows: Sequence[Mapping[str, Any]], summary
     weights = [f'weight {weight:g}' for weight in config.center_weights]
     points = {
         measure_name(key): {name: {weight: summary[f'{name}, {weight}'][key] for weight in weights} for name in names}
-        for key in DRAWN
+        for key in _DRAWN
     }
     title = f'{config.num_classes} made identities, {config.unseen} others verified'
     caption = 'The data is made. Each point is a network with one weight of the center loss.'
@@ -212,7 +212,7 @@ def _draw(config: Config, run: 'Run', rows: Sequence[Mapping[str, Any]], summary
         pictures={'Error, true accepts and retrieval of unseen identities, by softmax and weight': run.out / _PICTURE},
         config=run.config(),
         command=config.command(),
-        differences=[name for name in summary if name.endswith(DIFFERENCE)],
+        differences=[name for name in summary if name.endswith(_DIFFERENCE)],
     )
 
 

@@ -34,11 +34,11 @@ EXAMPLES_OF_UNSEEN = 5
 FARS_OF_UNSEEN = (0.1, 0.01, 0.001, 0.0001)
 
 LAYERS = (256, 256)
-LEARNING_RATE, TABLE_LEARNING_RATE = 1e-3, 1e-2
-ALPHA = 0.5
+_LEARNING_RATE, _TABLE_LEARNING_RATE = 1e-3, 1e-2
+_ALPHA = 0.5
 
 # Steps between two looks at the clock. A look waits for the device.
-LOOK_EVERY = 10
+_LOOK_EVERY = 10
 
 SOFTMAXES: dict[str, Callable[..., tuple[Array, clj.RowUpdates]]] = {
     'class': clj.class_softmax_and_rows,
@@ -127,10 +127,10 @@ def _network(feature_dim: int) -> nn.Module:
 
 @cache  # states with one optimizer object share a compiled step
 def _optimizer(steps: int, has_centers: bool) -> optax.GradientTransformation:
-    schedules = (optax.cosine_decay_schedule(rate, steps) for rate in (LEARNING_RATE, TABLE_LEARNING_RATE))
+    schedules = (optax.cosine_decay_schedule(rate, steps) for rate in (_LEARNING_RATE, _TABLE_LEARNING_RATE))
     network, classifier = map(optax.adam, schedules)
     if has_centers:
-        return clj.with_centers(network, ALPHA, classifier=clj.by_rows(classifier))
+        return clj.with_centers(network, _ALPHA, classifier=clj.by_rows(classifier))
     transforms: Any = {'params': network, 'classifier': clj.by_rows(classifier)}
     return optax.partition(transforms, {name: name for name in transforms})
 
@@ -219,7 +219,7 @@ def train_trial(
     began = time.perf_counter()
     for done in range(int(host.step) + 1, setup.steps + 1):
         state, loss = step(state, world, weight)
-        if done % LOOK_EVERY and done < setup.steps:
+        if done % _LOOK_EVERY and done < setup.steps:
             continue
         loss.block_until_ready()
         report(completed=done)
