@@ -207,7 +207,7 @@ def train_trial(
     Returns:
         The settings of the network and its measures.
     """
-    start = devices.fetch(start_identities(trial.loss, trial.seed, setup))
+    start = devices.fetch(devices.place_state(start_identities(trial.loss, trial.seed, setup)))
     host, tally = saves.restore(start, None, tell) or (start, Tally())
     if saves.rows:
         return saves.rows[0]

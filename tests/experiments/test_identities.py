@@ -108,6 +108,7 @@ def test_a_run_that_is_stopped_or_killed_goes_on_and_ends_alike(whole, tmp_path,
     process.kill()
     process.wait()
     assert run(*flags) == 0
+    assert not [*(tmp_path / 'run/checkpoints').glob('*/*damaged*')]
     assert table(tmp_path / 'run') == table(whole)
     for folder in (whole / 'checkpoints').iterdir():
         expected, found = (saved_params(path) for path in (folder, tmp_path / 'run/checkpoints' / folder.name))
