@@ -191,13 +191,26 @@ def _draw(config: Config, run: 'Run', rows: Sequence[Mapping[str, Any]], summary
 
     names = dict.fromkeys(map(classifier_name, rows))
     weights = [f'weight {weight:g}' for weight in config.center_weights]
-    points = {
-        measure_name(key): {name: {weight: summary[f'{name}, {weight}'][key] for weight in weights} for name in names}
-        for key in _DRAWN
-    }
+
+    def panels(ending: str) -> dict[str, dict[str, dict[str, Any]]]:
+        """Returns the intervals by measure, softmax and weight, without those that the summary lacks."""
+        keys = {
+            name: {w: f'{name}, {w}{ending}' for w in weights if f'{name}, {w}{ending}' in summary} for name in names
+        }
+        measures = _DRAWN if any(keys.values()) else ()
+        return {
+            measure_name(measure): {
+                name: {w: summary[key][measure] for w, key in row.items()} for name, row in keys.items()
+            }
+            for measure in measures
+        }
+
     title = f'{config.num_classes} made identities, {config.unseen} others verified'
-    caption = 'The data is made. Each point is a network with one weight of the center loss.'
-    draw_points(run.out / _PICTURE, points, config.seeds, title=title, caption=caption)
+    caption = (
+        'The data is made. Each point is a network trained with one weight of the center loss, over all classes in '
+        'each step or over a share.\nA change is the difference to weight 0 within a seed.'
+    )
+    draw_points(run.out / _PICTURE, panels(''), panels(_DIFFERENCE), config.seeds, title=title, caption=caption)
     lead = (
         'The data is made, not loaded: an identity is a random vector, an example a random network of it, of a '
         'nuisance and of noise. A softmax is over all classes in each step, or over a share of them. '
