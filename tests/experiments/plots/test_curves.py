@@ -86,7 +86,7 @@ def test_points_have_a_line_for_each_row_and_a_change_the_colour_of_its_series(t
         np.testing.assert_array_equal(np.array(change.get_ydata(), float), heights[1])
         first, second = (container[0].get_color() for container in above.containers)
         assert change.get_color() == second != first
-        assert 0 in below.lines[0].get_xdata()
+        assert np.asarray(below.lines[0].get_xdata()).tolist() == [0, 0]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ['x', 'y']
     assert 'Points. Means over 3 seeds' in figure.get_supxlabel()
     assert len(draw_points(tmp_path / 'points.png', {'e': values}, {}, 1, **texts).axes) == 1
