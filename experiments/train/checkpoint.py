@@ -86,7 +86,8 @@ class Checkpoints:
         `batches` is None where the step makes its batches.
         """
         host = self._devices.fetch(state)
-        rest = {'position': batches and batches.get_state(), 'tally': tally, 'rows': self.rows, **self._identity}
+        position = None if batches is None else batches.get_state()
+        rest = {'position': position, 'tally': tally, 'rows': self.rows, **self._identity}
         items = {
             'state': ocp.args.StandardSave(_stored(host)),
             'rest': ocp.args.JsonSave({**rest, 'checksum': _checksum(host, rest)}),
@@ -154,7 +155,7 @@ class Checkpoints:
             assert found is not None
             fields, rest = found
             _check_identity(path, rest, self._identity)
-            if batches:
+            if batches is not None:
                 batches.set_state(rest['position'])
             self.rows = rest['rows']
             return like.replace(**fields), Tally(*rest['tally'])
