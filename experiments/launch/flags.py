@@ -66,11 +66,43 @@ OptionalFile = Annotated[Path | None, _path('FILE')]
 
 
 @dataclasses.dataclass(frozen=True)
-class Common:
-    """Flags of all programs that train."""
+class Resumable:
+    """What the programs that train do with their flags. It has none of its own, as they come first in --help."""
 
     PROGRAM: ClassVar[str]
-    # Flags that may change on --resume. For the dataset, the fingerprint of the data is compared instead.
+    # Flags that may change on --resume.
+    FREE: ClassVar[tuple[str, ...]]
+
+    def decisive(self) -> dict[str, Any]:
+        """Returns the flags that affect the results of an epoch, by field name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.FREE}
+
+    def command(self) -> str:
+        """Returns the command line of this run."""
+        words = ['python', '-m', self.PROGRAM]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            words.append(flag(field.name))
+            if isinstance(value, tuple):
+                words += map(str, value)
+            elif value is not True:
+                words.append(str(value))
+        return shlex.join(words)
+
+    def check_at_least(self, smallest: int, *names: str) -> None:
+        """Raises FlagError if one of these fields is below `smallest`."""
+        for name in names:
+            if getattr(self, name) < smallest:
+                raise FlagError(f'{flag(name)} must be at least {smallest}, got {getattr(self, name)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Common(Resumable):
+    """Flags of all programs that train on a dataset."""
+
+    # For the dataset, the fingerprint of the data is compared instead.
     FREE: ClassVar[tuple[str, ...]] = ('dataset', 'skip_unreadable', 'out', 'data_dir', 'epochs', 'overwrite', 'resume')
 
     dataset: str = 'digits'
@@ -103,9 +135,7 @@ class Common:
     """continue the run in --out, or start it; only --epochs and flags that do not affect results may change"""
 
     def __post_init__(self):
-        for name in ('feature_dim', 'epochs', 'batch_size'):
-            if getattr(self, name) < 1:
-                raise FlagError(f'{flag(name)} must be at least 1, got {getattr(self, name)}')
+        self.check_at_least(1, 'feature_dim', 'epochs', 'batch_size')
         if self.model not in NETWORKS and not _is_class_name(self.model):
             raise FlagError(f'--model must be {", ".join(NETWORKS)} or package.module:Class, got {self.model}')
         if not self.dataset:
@@ -120,10 +150,7 @@ class Common:
             )
         if not 0 < self.learning_rate <= LARGEST:
             raise FlagError(f'--learning-rate must be positive and at most {LARGEST:.2g}, got {self.learning_rate}')
-        if not 0 <= self.seed < 2**32:
-            raise FlagError(f'--seed must be in [0, 2**32), got {self.seed}')
-        if self.resume and self.overwrite:
-            raise FlagError('--resume continues a run and --overwrite replaces it; pass only one of them')
+        check_run(self.seed, self.resume, self.overwrite)
 
     def check_data(self, train: 'Split | LazySplit') -> list[str]:
         """Raises DataError if the network cannot be trained on such data. Returns notes on its batches."""
@@ -159,24 +186,6 @@ class Common:
             )
         few = int((counts < each).sum())
         return [f'{few} of {classes} classes have fewer than {each} train images; a batch repeats them'] if few else []
-
-    def decisive(self) -> dict[str, Any]:
-        """Returns the flags that affect the results of an epoch, by field name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.FREE}
-
-    def command(self) -> str:
-        """Returns the command line of this run."""
-        words = ['python', '-m', self.PROGRAM]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            words.append(flag(field.name))
-            if isinstance(value, tuple):
-                words += map(str, value)
-            elif value is not True:
-                words.append(str(value))
-        return shlex.join(words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +285,7 @@ class HeldOut(Common):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.seeds < 1:
-            raise FlagError(f'--seeds must be at least 1, got {self.seeds}')
+        self.check_at_least(1, 'seeds')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +301,14 @@ class Settings(DeviceFlags, Comparison):
     def __post_init__(self):
         DeviceFlags.__post_init__(self)
         Comparison.__post_init__(self)
+
+
+def check_run(seed: int, resume: bool, overwrite: bool) -> None:
+    """Raises FlagError if the seed is no key, or if a run is to be continued and replaced."""
+    if not 0 <= seed < 2**32:
+        raise FlagError(f'--seed must be in [0, 2**32), got {seed}')
+    if resume and overwrite:
+        raise FlagError('--resume continues a run and --overwrite replaces it; pass only one of them')
 
 
 def check_weight(value: float, name: str) -> None:

@@ -28,8 +28,8 @@ from experiments.launch.mesh import Devices
 CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.csv', 'summary.json'
 KNOWN, DATA, INPUTS = 'known.json', 'data.json', 'inputs.npz'
 LOCK = '.lock'
-TABLES = ('verification.csv', 'sweep.csv')
-PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'report.html')
+TABLES = ('verification.csv', 'sweep.csv', 'identities.csv')
+PAGES = ('features.png', 'features.gif', 'roc.png', 'weights.png', 'accuracy.png', 'identities.png', 'report.html')
 FOLDERS = ('checkpoints', 'snapshots', 'tensorboard', 'profile', 'cells')
 CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, CELLS = FOLDERS
 

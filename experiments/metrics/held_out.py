@@ -27,18 +27,21 @@ class Roc(NamedTuple):
         return self.tar[np.searchsorted(self.far, far, side='right') - 1]
 
 
-def verify(features: np.ndarray, labels: np.ndarray, similarity: str) -> tuple[dict[str, float], Roc]:
+def verify(
+    features: np.ndarray, labels: np.ndarray, similarity: str, *, fars: Sequence[float] = FARS
+) -> tuple[dict[str, float], Roc]:
     """Scores all pairs of examples by similarity.
 
     Args:
         features: `[N, D]`. If a feature is not finite, all measures are NaN.
         labels: `[N]`, of two or more classes, one of them with two or more examples.
         similarity: `cosine`, as in the paper, or `euclidean` for the negative distance.
+        fars: False accept rates at which the true accept rate is measured.
 
     Returns:
         Measures by name, and the ROC.
     """
-    names = ('auc', 'eer', *(f'tar_at_far_{far:g}' for far in FARS), 'verification_accuracy')
+    names = ('auc', 'eer', *(f'tar_at_far_{far:g}' for far in fars), 'verification_accuracy')
     if not np.isfinite(features).all():
         return dict.fromkeys(names, np.nan), Roc(np.array([0.0, 1.0]), np.array([np.nan, np.nan]))
     features = features.astype(np.float64)
@@ -48,7 +51,7 @@ def verify(features: np.ndarray, labels: np.ndarray, similarity: str) -> tuple[d
     roc = Roc(far, tar)
     eer = float(np.interp(0, far - (1 - tar), far))  # where FAR equals the false reject rate
     accuracy = float(((tar + 1 - far) / 2).max())  # at the best threshold
-    values = (float(auc(far, tar)), eer, *map(float, map(roc.tar_at, FARS)), accuracy)
+    values = (float(auc(far, tar)), eer, *map(float, map(roc.tar_at, fars)), accuracy)
     return dict(zip(names, values, strict=True)), roc
 
 

@@ -97,6 +97,53 @@ def draw_sweep(
     return figure
 
 
+def draw_points(
+    path: Path,
+    values: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    changes: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    seeds: int,
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """Writes a figure of points with their intervals, and returns it.
+
+    Args:
+        path: The PNG file to write.
+        values: `{measure: {row: {series: interval}}}`. Each measure has a panel, each row a line, each series a colour.
+        changes: Differences to another series in the same form, for a second row of panels, or empty.
+        seeds: The number of seeds.
+        title: What was compared.
+        caption: What the picture shows.
+    """
+    rows = list(next(iter(values.values())))
+    series = list(dict.fromkeys(name for panel in values.values() for row in panel.values() for name in row))
+    shown = [(measure, panel, False) for measure, panel in values.items()]
+    shown += [(f'change of {measure}', panel, True) for measure, panel in changes.items()]
+    lines = len(shown) // len(values)
+    figure = Figure(figsize=(10, (0.4 * len(rows) + 0.8) * lines + 1), dpi=120, layout='constrained')
+    title, families = fitted(title)
+    figure.suptitle(title, fontsize=12, fontweight='bold', fontfamily=families, parse_math=False, wrap=True)
+    grid = figure.subplots(lines, len(values), squeeze=False, sharey=True)
+    for axes, (label, panel, is_change) in zip(grid.flat, shown, strict=True):
+        if is_change:
+            axes.axvline(0, color='0.35', linewidth=1.2)
+        for place, name in enumerate(series):
+            points = [(number, panel[row][name]) for number, row in enumerate(rows) if name in panel[row]]
+            y = [number + (place + 1) / (len(series) + 1) - 0.5 for number, _ in points]
+            means, bars = [point.mean for _, point in points], [point.half_width for _, point in points]
+            color, marker = STYLES[place % len(STYLES)][0], 'osD^v'[place % len(STYLES)]
+            axes.errorbar(means, y, xerr=bars, color=color, linestyle='', marker=marker, capsize=2, label=name)
+        axes.set_xlabel(label)
+        axes.grid(color='0.92', axis='x')
+    grid[0, 0].set_yticks(range(len(rows)), rows)
+    grid[0, 0].invert_yaxis()
+    grid[0, 0].legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=5)
+    figure.supxlabel(f'{caption} {seeds_note(seeds)}', fontsize=9, color='0.35')
+    save_figure(path, figure)
+    return figure
+
+
 def _lines(axes: Axes, values: Mapping[tuple[float, float], Interval], setting: int) -> None:
     """Draws the values against setting 0 (weight) or 1 (alpha), with a line for each value of the other setting.
 

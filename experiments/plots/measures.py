@@ -41,6 +41,10 @@ MEASURES = {
         'TAR at FAR 0.001',
         'True accept rate at the threshold that accepts one in a thousand pairs of two classes.',
     ),
+    'tar_at_far_0.0001': (
+        'TAR at FAR 0.0001',
+        'True accept rate at the threshold that accepts one in ten thousand pairs of two classes.',
+    ),
     'rank_1': (
         'rank-1',
         'Share of the held-out examples whose most similar other example has the same class. Also called CMC rank-1, '
@@ -149,7 +153,10 @@ def format_value(value: Any, measure: str = '', *, difference: bool = False) -> 
             return format_value(value.mean, measure, difference=difference)
         if measure.endswith('accuracy'):
             return f'{100 * value.mean:.2f} ± {100 * value.half_width:.2f} {unit}'
-        return f'{value.mean:.4g} ± {value.half_width:.2g}'
+        half = value.half_width
+        # Digits below those of the interval say nothing.
+        mean = round(value.mean, 1 - math.floor(math.log10(half))) if 0 < half < math.inf else value.mean
+        return f'{mean:.4g} ± {half:.2g}'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if measure.endswith('accuracy'):

@@ -36,7 +36,8 @@ def write_report(
     Args:
       path: The HTML file to write.
       title: What was run.
-      summary: Measures of each arm, `{arm: {measure: value}}`. Other entries are shown below the table.
+      summary: Measures of each arm, `{arm: {measure: value}}`. Other entries are shown below the table. An arm is a
+        column, or a row where there are more arms than measures.
       metrics: Rows with an `epoch`, an `arm`, and numbers or None. Each column of numbers becomes a chart.
       pictures: Image files by caption.
       config: Settings. An entry that is a mapping (such as versions) becomes a table with its name as heading.
@@ -46,6 +47,7 @@ def write_report(
     """
     arms = {name: values for name, values in summary.items() if isinstance(values, Mapping)}
     measures = sorted({key for values in arms.values() for key in values}, key=_order)
+    by_arm = len(arms) > len(measures)
     figures = metric_figures(metrics)
     explained = sorted({*measures, *figures}, key=_order)
     environment = jinja2.Environment(
@@ -60,9 +62,8 @@ def write_report(
         title=title,
         lead=lead,
         command=command,
-        differences=differences,
-        arms=arms,
-        measures=measures,
+        results=_results(arms, measures, differences, by_arm),
+        by_arm=by_arm,
         collapsed=[name for name, values in arms.items() if values.get('collapsed')],
         remarks={key: value for key, value in summary.items() if key not in arms},
         pictures=pictures,
@@ -73,6 +74,19 @@ def write_report(
         files=_data_files(path.parent),
     )
     write_text(path, page)
+
+
+def _results(
+    arms: Mapping[str, Mapping[str, Any]], measures: Sequence[str], differences: Collection[str], by_arm: bool
+) -> dict[str, dict[str, str]]:
+    """Returns the texts of the table of results, by row and column."""
+
+    def text(arm: str, measure: str) -> str:
+        return format_value(arms[arm].get(measure), measure, difference=arm in differences)
+
+    if by_arm:
+        return {arm: {measure_name(measure): text(arm, measure) for measure in measures} for arm in arms}
+    return {measure_name(measure): {arm: text(arm, measure) for arm in arms} for measure in measures}
 
 
 def _order(measure: str) -> tuple[int, str]:

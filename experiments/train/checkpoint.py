@@ -80,10 +80,14 @@ class Checkpoints:
             (wanted,) = self._stop.synchronize(wanted)
         return self._stop.requested or bool(wanted)
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator, tally: Tally) -> None:
-        """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped."""
+    def save(self, state: TrainState, batches: grain.DatasetIterator | None, tally: Tally) -> None:
+        """Saves in the background. If the run was asked to stop, waits for the save and raises Stopped.
+
+        `batches` is None where the step makes its batches.
+        """
         host = self._devices.fetch(state)
-        rest = {'position': batches.get_state(), 'tally': tally, 'rows': self.rows, **self._identity}
+        position = None if batches is None else batches.get_state()
+        rest = {'position': position, 'tally': tally, 'rows': self.rows, **self._identity}
         items = {
             'state': ocp.args.StandardSave(_stored(host)),
             'rest': ocp.args.JsonSave({**rest, 'checksum': _checksum(host, rest)}),
@@ -113,7 +117,7 @@ class Checkpoints:
                 sync_tree(path)
 
     def restore(
-        self, like: TrainState, batches: grain.DatasetIterator, tell: Callable[[str], None]
+        self, like: TrainState, batches: grain.DatasetIterator | None, tell: Callable[[str], None]
     ) -> tuple[TrainState, Tally] | None:
         """Restores the newest save that is not damaged, and sets `batches` to its position. Returns None without one.
 
@@ -151,7 +155,8 @@ class Checkpoints:
             assert found is not None
             fields, rest = found
             _check_identity(path, rest, self._identity)
-            batches.set_state(rest['position'])
+            if batches is not None:
+                batches.set_state(rest['position'])
             self.rows = rest['rows']
             return like.replace(**fields), Tally(*rest['tally'])
         return None

@@ -10,7 +10,7 @@ import pytest
 from experiments.launch.flags import DeviceFlags
 from tests.support.tiny import run
 
-PROGRAMS = ('toy2d', 'verification', 'sweep', 'predict', 'benchmark', 'costs')
+PROGRAMS = ('toy2d', 'verification', 'sweep', 'identities', 'predict', 'benchmark', 'costs')
 SLOW = ('jax', 'flax', 'optax', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'scipy', 'grain', 'orbax')
 
 # Runs a program with each of two lines, and prints its exit codes and the modules that it has imported.

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from experiments.metrics.held_out import Interval, Roc, interval
-from experiments.plots.curves import draw_roc, draw_sweep
+from experiments.plots.curves import draw_points, draw_roc, draw_sweep
 
 
 def curve(power: float) -> Roc:
@@ -63,6 +63,33 @@ def test_shares_end_at_100_percent(tmp_path, high, top):
     figure = draw_sweep(tmp_path / 'sweep.png', {'auc': values}, {'auc': interval([0.9, 0.95])}, 2, title='a sweep')
     for axes in figure.axes:
         assert axes.get_ylim()[1] == (top or pytest.approx(high + 0.2, abs=0.1))
+
+
+def test_points_have_a_line_for_each_row_and_a_change_the_colour_of_its_series(tmp_path):
+    values = {
+        row: {series: Interval(m + n, m, m + 2 * n) for n, series in ((1, 'a'), (2, 'b'))}
+        for m, row in ((0, 'x'), (5, 'y'))
+    }
+    changes = {row: {'b': Interval(1, 0, 2)} for row in 'xy'}
+    texts = {'title': 'two', 'caption': 'Points.'}
+    figure = draw_points(
+        tmp_path / 'points.png', dict.fromkeys(('e', 'r'), values), {'e': changes, 'r': changes}, 3, **texts
+    )
+    assert [axes.get_xlabel() for axes in figure.axes] == ['e', 'r', 'change of e', 'change of r']
+    for above, below in zip(figure.axes[:2], figure.axes[2:], strict=True):
+        points = [np.array(container[0].get_xydata(), float) for container in above.containers]
+        np.testing.assert_allclose([series[:, 0] for series in points], [[1, 6], [2, 7]])
+        heights = np.array([series[:, 1] for series in points])
+        assert len(np.unique(heights)) == 4
+        np.testing.assert_array_equal(heights.round(), [[0, 1], [0, 1]])
+        _, change = (container[0] for container in below.containers)
+        np.testing.assert_array_equal(np.array(change.get_ydata(), float), heights[1])
+        first, second = (container[0].get_color() for container in above.containers)
+        assert change.get_color() == second != first
+        assert np.asarray(below.lines[0].get_xdata()).tolist() == [0, 0]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ['x', 'y']
+    assert 'Points. Means over 3 seeds' in figure.get_supxlabel()
+    assert len(draw_points(tmp_path / 'points.png', {'e': values}, {}, 1, **texts).axes) == 1
 
 
 @pytest.mark.parametrize('alphas', [(0.5,), (0.1, 0.5, 1.0)])

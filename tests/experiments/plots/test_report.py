@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from experiments.metrics.held_out import Interval
-from experiments.plots.measures import MEASURES
+from experiments.plots.measures import MEASURES, format_value
 from experiments.plots.report import write_report
 
 ARM = {
@@ -218,7 +218,32 @@ def test_a_difference_of_shares_is_in_points_and_a_phone_names_the_arm_of_each_n
         ['test accuracy', '95.10 ± 1.00 %', '-1.00 ± 2.00 points'],
         ['equal error rate', '0.3 ± 0.1', '0.1 ± 0.05'],
     ]
-    assert [cell.get('data-arm') for cell in page.all('td')[1:5]] == ['softmax', 'center - softmax'] * 2
+    assert [cell.get('data-column') for cell in page.all('td')[1:5]] == ['softmax', 'center - softmax'] * 2
+
+
+@pytest.mark.parametrize(
+    ('mean', 'half', 'text'),
+    [
+        (0.05908, 0.0075, '0.0591 ± 0.0075'),
+        (2e-17, 0.0015, '0 ± 0.0015'),
+        (-0.00663, 0.001, '-0.0066 ± 0.001'),
+        (3, 0, '3 ± 0'),
+    ],
+)
+def test_a_mean_has_the_digits_of_its_interval(mean, half, text):
+    assert format_value(Interval(mean, mean - half, mean + half)) == text
+
+
+def test_arms_that_outnumber_the_measures_are_rows(write):
+    arms = {f'arm {number}': {'eer': number / 8, 'rank_1': 0.5} for number in range(3)}
+    page = Page(write(summary=arms))
+    assert page.rows[:4] == [
+        ['', 'equal error rate', 'rank-1'],
+        ['arm 0', '0', '0.5'],
+        ['arm 1', '0.125', '0.5'],
+        ['arm 2', '0.25', '0.5'],
+    ]
+    assert [cell.get('data-column') for cell in page.all('td')[1:3]] == ['equal error rate', 'rank-1']
 
 
 def test_a_collapsed_arm_is_named_at_the_top(write):
