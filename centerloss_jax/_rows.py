@@ -1,6 +1,7 @@
 """RowUpdates: a change to a few rows of a table, in the place of a gradient of the table's size."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from centerloss_jax._inputs import (
@@ -83,6 +85,7 @@ class RowUpdates:
     _guard: ArrayLike  # GUARD
     _float_guard: ArrayLike  # FLOAT_GUARD
     kind: Kind
+    sharding: NamedSharding | None
 
     def __init__(
         self,
@@ -90,13 +93,14 @@ class RowUpdates:
         values: ArrayLike,
         *,
         kind: Kind = None,
+        sharding: NamedSharding | None = None,
         _scale: ArrayLike | None = None,
         _guard: ArrayLike = GUARD,
         _float_guard: ArrayLike = FLOAT_GUARD,
     ):
         if kind not in ('centers', 'gradient', None):
             raise ValueError(f"kind must be 'centers', 'gradient' or None, got {kind!r}")
-        self.kind = kind
+        self.kind, self.sharding = kind, sharding
         self.indices, self._values, self._scale = indices, values, _scale
         self._guard, self._float_guard = _guard, _float_guard
 
@@ -106,13 +110,13 @@ class RowUpdates:
 
     def tree_flatten_with_keys(self):
         """Lists the leaves with their names. @private"""
-        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES], self.kind
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES], (self.kind, self.sharding)
 
     @classmethod
-    def tree_unflatten(cls, kind, leaves):
+    def tree_unflatten(cls, aux, leaves):
         """Restores rows from their leaves. @private"""
-        indices, values, *others = leaves
-        return cls(indices, values, kind=kind, **dict(zip(LEAVES[2:], others, strict=True)))
+        (kind, sharding), (indices, values, *others) = aux, leaves
+        return cls(indices, values, kind=kind, sharding=sharding, **dict(zip(LEAVES[2:], others, strict=True)))
 
     if TYPE_CHECKING:
         # optax's type of a tree has arrays, iterables and mappings, and no pytree node of another class.
@@ -125,6 +129,9 @@ class RowUpdates:
         if not isinstance(table, (jax.Array, np.ndarray)):
             return NotImplemented
         table = check_table(table, 'the table')
+        if self.sharding is not None:
+            add = on_class_shards(lambda rows, table: table + rows, self.sharding)
+            return add([self], [table])[0]
         index, values, scale = replicate(resolve_for_scatter(self, table))
         if compute_dtype(table.dtype) != table.dtype:
             # In a narrow dtype each addition rounds: sum the rows of a class in float32 and round once.
@@ -136,11 +143,33 @@ class RowUpdates:
         return add_class_sums(table, index, values, scale)
 
 
+def _serialize(aux: tuple[Kind, NamedSharding | None]) -> bytes:
+    kind, sharding = aux
+    if sharding is None:
+        return json.dumps([kind]).encode()
+    mesh = sharding.mesh
+    axes = [
+        [name, size, axis_type.name]
+        for (name, size), axis_type in zip(mesh.shape.items(), mesh.axis_types, strict=True)
+    ]
+    return json.dumps([kind, axes, sharding.spec[0]]).encode()
+
+
+def _deserialize(aux: bytes) -> tuple[Kind, NamedSharding | None]:
+    """Restores the axes of a mesh, but not its devices."""
+    kind, *layout = json.loads(aux)
+    if not layout:
+        return kind, None
+    names, sizes, types, class_axis = layout
+    mesh = AbstractMesh(tuple(sizes), tuple(names), tuple(AxisType[name] for name in types))
+    return kind, NamedSharding(mesh, P(tuple(class_axis)))
+
+
 export.register_pytree_node_serialization(
     RowUpdates,
     serialized_name='centerloss_jax.RowUpdates',
-    serialize_auxdata=lambda kind: (kind or '').encode(),
-    deserialize_auxdata=lambda kind: kind.decode() or None,
+    serialize_auxdata=_serialize,
+    deserialize_auxdata=_deserialize,
 )
 
 

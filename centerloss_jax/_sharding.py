@@ -77,6 +77,11 @@ def vary_as(a: Array, *others: Array) -> Array:
     return jax.lax.pcast(a, tuple(names), to='varying') if names else a
 
 
+def first_row(class_axis: tuple[str, ...], num_rows: int) -> Array | int:
+    """Returns the first row of this device's part of a table, which has num_rows rows and lies over class_axis."""
+    return jax.lax.axis_index(class_axis) * num_rows if class_axis else 0
+
+
 def on_auto_axes(fn: Callable, *args: Array, spec: P) -> Any:
     """Returns fn(*args) with its operations laid out by XLA, on Explicit axes too. `spec` is that of the results."""
     meshes = [mesh for a in args if _has(AxisType.Explicit, mesh := jax.typeof(a).sharding.mesh)]
