@@ -17,8 +17,16 @@ from jax import Array, export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from centerloss_jax._inputs import DROPPED, IGNORED, check_axis_name, check_mesh, check_num_classes
-from centerloss_jax._sharding import first_row, gather_devices, replicate, take_rows, vary_as
+from centerloss_jax._inputs import (
+    DROPPED,
+    IGNORED,
+    axis_names,
+    check_axis_name,
+    check_mesh,
+    check_num_classes,
+    is_mapped,
+)
+from centerloss_jax._sharding import first_row, gather_devices, num_row_shards, replicate, row_axes, take_rows, vary_as
 
 
 class ClassShards(NamedTuple):
@@ -39,7 +47,7 @@ def find_shards(axis_name: Any, class_axis: Any, mesh: Any, table: Array | None 
     """Checks the arguments and returns the layout. On Explicit axes that of the table serves where none is given."""
     check_axis_name(axis_name)
     check_mesh(mesh)
-    axis_name, class_axis = _names(axis_name, 'axis_name'), _names(class_axis, 'class_axis')
+    axis_name, class_axis = axis_names(axis_name, 'axis_name'), axis_names(class_axis, 'class_axis')
     type_axes, type_mesh = _layout_in_type(table)
     if type_axes and class_axis not in ((), type_axes):
         raise ValueError(f'class_axis is {class_axis}, but the rows of the table lie over {type_axes}')
@@ -48,7 +56,7 @@ def find_shards(axis_name: Any, class_axis: Any, mesh: Any, table: Array | None 
         if mesh is not None:
             raise ValueError('mesh goes with class_axis, the axis of the mesh that the rows of the table lie over')
         return ClassShards(axis_name=axis_name)
-    if all(map(_is_mapped, class_axis)):
+    if all(map(is_mapped, class_axis)):
         if mesh is not None:
             raise ValueError('mesh goes with jax.jit: inside of jax.shard_map or jax.pmap leave it out')
         others = tuple(name for name in axis_name if name not in class_axis)
@@ -65,10 +73,7 @@ def find_shards(axis_name: Any, class_axis: Any, mesh: Any, table: Array | None 
             f'class_axis={class_axis} is not in the mesh, whose axes are {mesh.axis_names}: pass mesh=, call it inside '
             'of jax.set_mesh(mesh), or name an axis of the jax.shard_map or jax.pmap around this call'
         )
-    num_shards = 1
-    for name in class_axis:
-        num_shards *= mesh.shape[name]
-    return ClassShards(num_shards, class_axis, mesh=mesh)
+    return ClassShards(num_row_shards(NamedSharding(mesh, P(class_axis))), class_axis, mesh=mesh)
 
 
 def count_classes(table: Array, num_classes: Any, shards: ClassShards) -> int:
@@ -89,20 +94,20 @@ def count_classes(table: Array, num_classes: Any, shards: ClassShards) -> int:
     return num_classes
 
 
-def gather_batch(x: Array, index: Array, shards: ClassShards) -> tuple[Array, Array]:
-    """Returns the examples of all devices where the rows of the table lie over devices."""
+def gather_batch(a: Array, shards: ClassShards) -> Array:
+    """Returns the features or labels of all devices where the rows of the table lie over devices."""
     if shards.mesh is not None:
-        return replicate((x, index), shards.mesh)
+        return replicate(a, shards.mesh)
     if not shards.class_axis:
-        return x, index
-    x = jax.lax.all_gather(x, shards.class_axis, tiled=True)
-    if shards.axis_name:
-        # shard_map's check must see that the gradient of a row is the same on all devices that hold the row.
-        checked = jax.typeof(jax.lax.axis_index(shards.axis_name)).manual_axis_type.varying
-        x = jax.lax.all_gather(x, shards.axis_name, tiled=True, to='invarying' if checked else 'varying')
-        index = gather_devices(index, shards.class_axis)
-        return x, gather_devices(index, shards.axis_name)
-    return x, gather_devices(index, shards.class_axis)
+        return a
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        return gather_devices(a, shards.axis_name + shards.class_axis)
+    a = jax.lax.all_gather(a, shards.class_axis, tiled=True)
+    if not shards.axis_name:
+        return a
+    # shard_map's check must see that the gradient of a row is the same on all devices that hold the row.
+    checked = jax.typeof(jax.lax.axis_index(shards.axis_name)).manual_axis_type.varying
+    return jax.lax.all_gather(a, shards.axis_name, tiled=True, to='invarying' if checked else 'varying')
 
 
 def take_classes(
@@ -157,27 +162,9 @@ def combine_shards(logits: Callable, shards: ClassShards, x: Array, rows: Array,
     return jax.shard_map(combine, mesh=shards.mesh, in_specs=specs, out_specs=P())(x, rows, classes, *batch)
 
 
-def _names(names: Any, argument: str) -> tuple[str, ...]:
-    names = () if names is None else names if isinstance(names, tuple) else (names,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f'{argument} must be the name of an axis or a tuple of names, got {names!r}')
-    return names
-
-
-def _is_mapped(name: str) -> bool:
-    try:
-        jax.lax.axis_size(name)
-    except NameError:
-        return False
-    return True
-
-
 def _layout_in_type(table: Array | None) -> tuple[tuple[str, ...], Any]:
     """Returns the mesh axes that the rows of a table lie over on Explicit axes, and their mesh."""
     if table is None:
         return (), None
     sharding = jax.typeof(table).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types or not sharding.spec or sharding.spec[0] is None:
-        return (), None
-    axes = sharding.spec[0]
-    return (axes,) if isinstance(axes, str) else tuple(axes), sharding.mesh
+    return (row_axes(sharding), sharding.mesh) if AxisType.Explicit in sharding.mesh.axis_types else ((), None)

@@ -173,18 +173,28 @@ def check_reduction(reduce_fn: ReduceFn | None, axis_name: AxisName | None) -> N
 
 
 def check_axis_name(axis_name: AxisName | None) -> None:
-    if axis_name is None:
-        return
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f'axis_name must be the name of an axis or a tuple of names, got {axis_name!r}')
-    try:
-        jax.lax.axis_size(axis_name)
-    except NameError:
+    if not all(map(is_mapped, axis_names(axis_name, 'axis_name'))):
         raise NameError(
             f'axis_name={axis_name!r} is not the name of an axis here: pass the axis_name of the jax.pmap, '
             'jax.shard_map or jax.vmap around this call, or leave axis_name out on one device and under a plain jax.jit'
-        ) from None
+        )
+
+
+def axis_names(names: AxisName | None, argument: str) -> tuple[str, ...]:
+    """Returns the names of mapped or mesh axes as a tuple."""
+    as_tuple = () if names is None else names if isinstance(names, tuple) else (names,)
+    if not all(isinstance(name, str) for name in as_tuple):
+        raise TypeError(f'{argument} must be the name of an axis or a tuple of names, got {names!r}')
+    return as_tuple
+
+
+def is_mapped(name: str) -> bool:
+    """Returns whether the call is inside of a `jax.pmap`, `jax.shard_map` or `jax.vmap` over this axis."""
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
 
 
 def check_optimizer(optimizer: Any, name: str) -> None:

@@ -21,11 +21,21 @@ from centerloss_jax._inputs import (
     check_floating,
     check_table,
     compute_dtype,
+    is_row,
     row_index,
     type_name,
 )
 from centerloss_jax._kernels import add_class_sums, squared_norms, unique_sums
-from centerloss_jax._sharding import add_rows, gather_devices, replicate, set_rows, take_rows
+from centerloss_jax._sharding import (
+    add_rows,
+    first_row,
+    gather_devices,
+    num_row_shards,
+    replicate,
+    row_axes,
+    set_rows,
+    take_rows,
+)
 
 # Arithmetic on the rows changes these: no sum, multiple, square, sign or clip of such a number is itself.
 # Half precision holds neither of the two floats. They differ, so that subtracting their mean changes them.
@@ -65,6 +75,9 @@ class RowUpdates:
       indices: integers `[N]`, rows of the table.
       values: floating point `[N, D]`, what is added to them.
       kind: 'centers', 'gradient', or None for rows that any transform takes.
+      sharding: None, or the layout of rows that lie over a mesh with their part of the table, equally many on each
+        device, as a softmax with `class_axis` returns them under `jax.jit`. `table + rows`, `by_rows` and
+        `concatenate_rows` then run on each device for its own rows. It is static.
 
     Raises:
       ValueError: if kind is another.
@@ -130,8 +143,15 @@ class RowUpdates:
             return NotImplemented
         table = check_table(table, 'the table')
         if self.sharding is not None:
-            add = on_class_shards(lambda rows, table: table + rows, self.sharding)
-            return add([self], [table])[0]
+            sharding = self.sharding
+            arrays = resolve_shards(self, table, num_row_shards(sharding))
+
+            def add(table, arrays):
+                return table + rows_of_device(arrays, table, sharding)
+
+            return jax.shard_map(add, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(
+                table, arrays
+            )
         index, values, scale = replicate(resolve_for_scatter(self, table))
         if compute_dtype(table.dtype) != table.dtype:
             # In a narrow dtype each addition rounds: sum the rows of a class in float32 and round once.
@@ -147,12 +167,8 @@ def _serialize(aux: tuple[Kind, NamedSharding | None]) -> bytes:
     kind, sharding = aux
     if sharding is None:
         return json.dumps([kind]).encode()
-    mesh = sharding.mesh
-    axes = [
-        [name, size, axis_type.name]
-        for (name, size), axis_type in zip(mesh.shape.items(), mesh.axis_types, strict=True)
-    ]
-    return json.dumps([kind, axes, sharding.spec[0]]).encode()
+    mesh, types = sharding.mesh, [axis_type.name for axis_type in sharding.mesh.axis_types]
+    return json.dumps([kind, mesh.axis_names, mesh.axis_sizes, types, row_axes(sharding)]).encode()
 
 
 def _deserialize(aux: bytes) -> tuple[Kind, NamedSharding | None]:
@@ -184,11 +200,11 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
 
     Returns:
       RowUpdates of all rows in order, indices `[N]` and values `[N, D]`. Their kind is that of the arguments that have
-      one.
+      one. Rows that lie with their class shard stay there.
 
     Raises:
       TypeError: if an argument is not RowUpdates, its rows were scaled or averaged, or two have different kinds.
-      ValueError: if there are none, or D differs.
+      ValueError: if there are none, D differs, or they lie over devices in different ways.
 
     Example:
       >>> import centerloss_jax as clj
@@ -199,7 +215,7 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     """
     if not rows:
         raise ValueError('concatenate_rows needs at least one RowUpdates')
-    parts = [replicate(_resolve_stacked(part, DROPPED)) for part in rows]  # layouts may differ on Explicit axes
+    parts = [_resolve_stacked(part, DROPPED) for part in rows]
     widths = sorted({values.shape[-1] for _, values, _ in parts})
     if len(widths) > 1:
         raise ValueError(f'rows must belong to one table, got values of {widths} features')
@@ -208,10 +224,22 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
         raise TypeError(
             "rows must be of one kind, got 'centers' and 'gradient': join the rows of each table by themselves"
         )
-    parts = [(index.reshape(-1), values.reshape(-1, widths[0]), scale.reshape(-1)) for index, values, scale in parts]
-    index, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    sharding = rows[0].sharding
+    if any(part.sharding != sharding for part in rows):
+        raise ValueError('rows must all lie with their class shard in the same way, or none of them: got two layouts')
+    if sharding is None:
+        index, values, scale = _join(replicate(parts))  # layouts may differ on Explicit axes
+    else:
+        specs = [P(*[None] * (index.ndim - 1), row_axes(sharding)) for index, _, _ in parts]
+        on_devices = jax.shard_map(_join, mesh=sharding.mesh, in_specs=(specs,), out_specs=sharding.spec)
+        index, values, scale = on_devices(parts)
     scale = None if all(part._scale is None for part in rows) else scale
-    return RowUpdates(index, values, kind=kinds.pop() if kinds else None, _scale=scale)
+    return RowUpdates(index, values, kind=kinds.pop() if kinds else None, sharding=sharding, _scale=scale)
+
+
+def _join(parts: list[tuple[Array, Array, Array]]) -> list[Array]:
+    parts = [(index.ravel(), values.reshape(-1, values.shape[-1]), scale.ravel()) for index, values, scale in parts]
+    return [jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def check_rows(leaves: list[Any], transform: str, kind: Kind, source: str) -> None:
@@ -269,6 +297,25 @@ def resolve(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array,
     if table is not None and values.shape[1] != table.shape[1]:
         raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
     return index, values, scale
+
+
+def resolve_shards(rows: RowUpdates, table: Array, num_shards: int) -> tuple[Array, Array, Array | None]:
+    """Returns the index, values and scale of rows that lie with their class shard, to enter `jax.shard_map`."""
+    index, values, scale = resolve(rows, table)
+    if table.shape[0] % num_shards or index.size % num_shards:
+        raise ValueError(
+            f'the rows lie over {num_shards} shards of their table, which must divide their number {index.size} and '
+            f'that of the table, {table.shape[0]}: pass the table that the softmax was given'
+        )
+    return index, values, None if rows._scale is None else scale
+
+
+def rows_of_device(arrays: tuple[Array, Array, Array | None], table: Array, sharding: NamedSharding) -> RowUpdates:
+    """Returns the rows of this device and of its part of the table. A row of another device is dropped."""
+    index, values, scale = arrays
+    local = index - first_row(row_axes(sharding), table.shape[0])
+    local = jnp.where((local >= 0) & (local < table.shape[0]), local, DROPPED)
+    return RowUpdates(jnp.where(is_row(index), local, index), values, _scale=scale)
 
 
 def _resolve_stacked(rows: RowUpdates, num_rows: int) -> tuple[Array, Array, Array]:

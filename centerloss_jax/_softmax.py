@@ -271,7 +271,7 @@ def distance_form(temperature: Any, margin: Any) -> SquaredDistance:
 
 def _loss(form: Any, x: Any, table: Any, labels: Any, block_size: Any, **options: Any) -> Array:
     x, table, index, num_classes, shards = check_arrays(x, table, labels, block_size, **options)
-    batch = gather_batch(x, index, shards)
+    batch = gather_batch(x, shards), gather_batch(index, shards)
     rows, classes, _ = take_classes(table, None, num_classes, shards)
     loss = mean_loss(*batch, rows, classes, form, None, block_size=int(block_size), shards=shards, sampled=False)
     return vary_as(loss, x, table)

@@ -247,7 +247,7 @@ def _loss_and_rows(
     if sampled:
         classes = check_classes(classes, table.shape[0])
         _check_sample(index, classes, table.shape[0], shards)
-    batch = gather_batch(x, index, shards)
+    batch = gather_batch(x, shards), gather_batch(index, shards)
     rows, classes, indices = take_classes(table, classes, num_classes, shards)
     static = {'block_size': int(block_size), 'shards': shards, 'sampled': sampled}
     loss, gradient = _weighted_loss(*batch, rows, classes, form, weight, center_weight, **static)
