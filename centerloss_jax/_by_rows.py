@@ -84,12 +84,16 @@ def by_rows(
 
     A row is dropped if it holds a NaN or an Inf or if its squared norm overflows. A table below float32 is moved by the
     optimizer in float32 and rounded once; its state is float32, unless an argument such as `mu_dtype` says otherwise.
+    Under `jax.jit` too, `init` lays the state of a sharded table out as the table.
 
     Args:
       optimizer: optax optimizer that needs the gradients, its state and the parameters alone. Schedules, masks and
         `optax.inject_hyperparams` work inside.
       axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`. The rows of all devices are
-        gathered and divided by the number of devices, as `jax.lax.pmean` does with gradients.
+        gathered and divided by the number of devices, as `jax.lax.pmean` does with gradients. Not with class_axis.
+      class_axis: the axes of the surrounding `jax.pmap` or `jax.shard_map` that the rows of the tables lie over, as in
+        `class_softmax`. Each device moves its own rows, and nothing is gathered. Under `jax.jit` it need not be given:
+        rows that lie with their part of the table have a `sharding`.
       mesh: the mesh of Auto axes under `jax.jit`. See `center_update`.
 
     Returns:
@@ -101,7 +105,7 @@ def by_rows(
       TypeError: if optimizer is no optax optimizer, or mesh no mesh; from `init`, if the optimizer accumulates, or a
         table is not floating point; from `update`, if it is given anything but RowUpdates, or those of a center loss.
       ValueError: from `init`, if the optimizer reduces over the rows of a table, or a table is not `[C, D]`; from
-        `update`, if params are missing or the rows do not fit their table.
+        `update`, if params are missing, the rows do not fit their table, or class_axis is not theirs.
       NameError: from `update`, if axis_name is not an axis that surrounds the call.
 
     Example:

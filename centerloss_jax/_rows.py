@@ -81,6 +81,7 @@ class RowUpdates:
 
     Raises:
       ValueError: if kind is another.
+      TypeError: if sharding is no NamedSharding.
       TypeError: from `table + rows`, if the indices are no longer integers, or the values not floating point.
       ValueError: from `table + rows`, if the shapes do not fit the table.
 
@@ -113,6 +114,8 @@ class RowUpdates:
     ):
         if kind not in ('centers', 'gradient', None):
             raise ValueError(f"kind must be 'centers', 'gradient' or None, got {kind!r}")
+        if sharding is not None and not isinstance(sharding, NamedSharding):
+            raise TypeError(f'sharding must be a NamedSharding or None, got {type(sharding).__name__}')
         self.kind, self.sharding = kind, sharding
         self.indices, self._values, self._scale = indices, values, _scale
         self._guard, self._float_guard = _guard, _float_guard

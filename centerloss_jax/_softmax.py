@@ -62,8 +62,10 @@ def class_softmax(
     bfloat16 inputs are computed in float32. A bias is a column of the table, with a 1 appended to x. On accelerators
     the products have the precision of `jax.default_matmul_precision`, as `x @ table.T` has.
 
-    The mean is that of the examples on this device, and the table is whole. Rows of Inf, with which `shard_centers`
-    pads a table, make the loss infinite or NaN.
+    The table may lie over devices by rows. With `class_axis` each device computes the logits of its own rows for the
+    examples of all devices, which are gathered, and neither rows nor their gradient move. Features, labels and a few
+    numbers for each example do. Lay the table over all axes that the batch lies over, or each of these axes repeats the
+    same logits.
 
     An example is ignored if its label is negative or `where` is False. It enters neither the value nor the denominator
     of the mean nor any gradient, whatever it holds. If every example is ignored the loss is 0.
@@ -78,13 +80,26 @@ def class_softmax(
         `jax.jit` the loss is NaN, and the gradient of that example is 0.
       where: bool, labels.shape; False ignores an example.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows, as `shard_centers` pads it. The rows behind get no logit, whatever
+        they hold. By default all rows are classes.
+      axis_name: axes of the surrounding `jax.pmap` or `jax.shard_map` that the batch lies over. Then `jax.lax.pmean` of
+        the result over these and class_axis is the loss of the whole batch. Take it inside the function that is
+        differentiated, as with `center_loss`. Without class_axis each device has the whole table.
+      class_axis: the axis, or a tuple of axes, that the rows of the table lie over: device k has row k R to row
+        (k + 1) R. In `jax.pmap` and `jax.shard_map` the table is this device's part, and labels are classes of the
+        whole one. JAX differentiates the sum of the losses of all devices in `jax.pmap` and where `jax.shard_map` does
+        not check: divide a gradient for the table by their number on class_axis. Under `jax.jit` it names axes of a
+        mesh, and the table is the whole array. On Explicit axes it is read from the type of the table.
+      mesh: the mesh of class_axis under `jax.jit`, by default that of `jax.set_mesh`.
 
     Returns:
       A scalar; float32, or float64 where an input is.
 
     Raises:
       TypeError: if x or table are not floating point, labels not integers, or where not boolean.
-      ValueError: if shapes do not fit, a label whose value is known is C or more, or block_size is not positive.
+      ValueError: if shapes do not fit, a label whose value is known is C or more, or block_size is not positive; if
+        class_axis is not in the mesh, or its devices do not divide the rows.
+      NameError: if axis_name is not an axis that surrounds the call.
 
     Example:
       >>> import centerloss_jax as clj
@@ -153,6 +168,10 @@ def margin_softmax(
         logit for its cosine is s. The value is the same.
       where: bool, labels.shape; False ignores an example.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       A scalar; float32, or float64 where an input is.
@@ -219,6 +238,10 @@ def distance_softmax(
       margin: m, relative to the distance.
       where: bool, labels.shape; False ignores an example.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       A scalar; float32, or float64 where an input is.

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from centerloss_jax._class_shards import ClassShards, gather_batch, take_classes
+from centerloss_jax._class_shards import gather_batch, take_classes
 from centerloss_jax._inputs import IGNORED, AxisName, check_classes, check_number, compute_dtype, is_concrete
 from centerloss_jax._kernels import loss_and_gradient
 from centerloss_jax._logits import InnerProduct
@@ -45,6 +45,9 @@ def class_softmax_and_rows(
 
     The rows carry no gradient, so a factor on the returned loss does not reach them. Pass it as `weight`.
 
+    With `class_axis` the rows stay on the devices that hold them in the table, and `by_rows` moves them there. Their
+    gradient is that of the loss of the whole batch, in all forms.
+
     Args:
       x: features `[..., D]`, floating point. See `class_softmax`.
       table: one row for each class `[C, D]`, floating point. See `class_softmax`.
@@ -52,13 +55,18 @@ def class_softmax_and_rows(
       where: bool, labels.shape; False ignores an example.
       classes: integers `[S]`, distinct and in ascending order, as `sample_classes` returns them. A label that is not
         among them is an error outside of `jax.jit`; inside, the loss is NaN and the gradient of that example 0. None
-        takes all classes.
+        takes all classes. With class_axis pass it to `sample_classes` too: in `jax.pmap` and `jax.shard_map` these are
+        rows of this device's part of the table, and under `jax.jit` equally many classes of each device.
       weight: a number that multiplies the loss and the rows.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       `(loss, rows)`: a scalar, and RowUpdates of the kind 'gradient' with one row for each of `classes`, or of all
-      classes: indices int32 `[S]`, values `[S, D]` in float32 or wider.
+      classes: indices int32 `[S]`, values `[S, D]` in float32 or wider. A row without a logit has the index -1.
 
     Raises:
       TypeError: for a wrong dtype. See `class_softmax`.
@@ -126,6 +134,10 @@ def margin_softmax_and_rows(
       classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
       weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       `(loss, rows)`. See `class_softmax_and_rows`.
@@ -194,6 +206,10 @@ def distance_softmax_and_rows(
       classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
       weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       `(loss, rows)`. See `class_softmax_and_rows`.
@@ -245,8 +261,9 @@ def _loss_and_rows(
     x, table, index, num_classes, shards = check_arrays(x, table, labels, block_size, **options)
     sampled = classes is not None
     if sampled:
-        classes = check_classes(classes, table.shape[0])
-        _check_sample(index, classes, table.shape[0], shards)
+        classes = check_classes(classes, table.shape[0], 1 if shards.mesh is None else shards.num_shards)
+        if shards.mesh is not None or not shards.class_axis:
+            _check_sample(index, classes)
     batch = gather_batch(x, shards), gather_batch(index, shards)
     rows, classes, indices = take_classes(table, classes, num_classes, shards)
     static = {'block_size': int(block_size), 'shards': shards, 'sampled': sampled}
@@ -254,20 +271,11 @@ def _loss_and_rows(
     return vary_as(loss, x, table), RowUpdates(indices, gradient, kind='gradient', sharding=shards.sharding)
 
 
-def _check_sample(index: Array, classes: Array, num_rows: int, shards: ClassShards) -> None:
-    """Raises an error where values are known and a label is not in the sample, or a class not with its shard."""
-    if not is_concrete(classes) or (shards.class_axis and shards.mesh is None):
-        return
-    known = np.asarray(jax.device_get(classes))
-    shard = np.repeat(np.arange(shards.num_shards), -(-known.size // shards.num_shards))
-    if known.size % shards.num_shards or (known // (num_rows // shards.num_shards) != shard).any():
-        raise ValueError(
-            f'classes must have equally many for each of the {shards.num_shards} shards of the table, in the order of '
-            'the shards, as sample_classes with class_axis= returns them'
-        )
-    if is_concrete(index):
+def _check_sample(index: Array, classes: Array) -> None:
+    """Raises an error where all values are known and a label is not among the classes."""
+    if is_concrete(index) and is_concrete(classes):
         labels = np.asarray(jax.device_get(index))
-        missing = labels[(labels != IGNORED) & ~np.isin(labels, known)]
+        missing = labels[(labels != IGNORED) & ~np.isin(labels, np.asarray(jax.device_get(classes)))]
         if missing.size:
             raise ValueError(
                 f'labels name class {missing[0]}, which is not among classes: sample them by sample_classes with these '

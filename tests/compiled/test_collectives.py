@@ -126,7 +126,9 @@ def by_class_shards(form, axis_type, class_axis, num_classes, num_sampled):
     if form == 'shard_map' and class_axis == 'classes':
         layout['axis_name'] = 'data'
     transform: Any = clj.by_rows(optax.adam(0.1), **layout if form == 'shard_map' else {})
-    step = partial(step_over_classes, transform=transform, num_classes=num_classes, num_sampled=num_sampled, **layout)
+    step: Any = partial(
+        step_over_classes, transform=transform, num_classes=num_classes, num_sampled=num_sampled, **layout
+    )
     shape = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
     table = jax.ShapeDtypeStruct((-(-num_classes // 8) * 8, 6), np.float32)
     state = jax.eval_shape(clj.by_rows(optax.adam(0.1)).init, table)
@@ -151,7 +153,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize('form', FORMS, ids=lambda form: f'{form[0]}, {form[1].name}, {form[2]}')
-def test_a_step_over_sharded_classes_moves_no_row(form):
+def test_a_step_over_sharded_classes_moves_no_row(form: Any):
     num_classes, num_sampled = 400_003, 4096
     compiled = by_class_shards(*form, num_classes, num_sampled)
     assert 0 < max(collective_sizes(compiled)) <= 64 * 6
