@@ -5,6 +5,8 @@ share, such as step counts. A step takes the touched rows of the table and of su
 if they were the parameter, and puts the rows of the state back. It must treat each row by itself.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,21 +15,24 @@ import optax
 from flax.core import meta
 from jax import Array, export
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from centerloss_jax._inputs import (
     DROPPED,
     AxisName,
     at_most,
+    axis_names,
     check_axis_name,
     check_mesh,
     check_optimizer,
     check_table,
     compute_dtype,
+    is_mapped,
 )
 from centerloss_jax._kernels import class_sums, sums_in_first_rows
-from centerloss_jax._rows import RowUpdates, check_rows, gather_finite
-from centerloss_jax._sharding import set_rows, take_rows
+from centerloss_jax._rows import RowUpdates, check_rows, gather_finite, resolve_shards, rows_of_device
+from centerloss_jax._sharding import first_row, lay_out_as, num_row_shards, row_axes, set_rows, take_rows
 
 
 class ByRowsState(NamedTuple):
@@ -56,7 +61,11 @@ export.register_namedtuple_serialization(ByRowsState, serialized_name='centerlos
 
 
 def by_rows(
-    optimizer: optax.GradientTransformation, *, axis_name: AxisName | None = None, mesh: Mesh | None = None
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     r"""Runs `optimizer` on the rows of a table that a step touches, at a cost that does not grow with the table.
 
@@ -75,12 +84,16 @@ def by_rows(
 
     A row is dropped if it holds a NaN or an Inf or if its squared norm overflows. A table below float32 is moved by the
     optimizer in float32 and rounded once; its state is float32, unless an argument such as `mu_dtype` says otherwise.
+    Under `jax.jit` too, `init` lays the state of a sharded table out as the table.
 
     Args:
       optimizer: optax optimizer that needs the gradients, its state and the parameters alone. Schedules, masks and
         `optax.inject_hyperparams` work inside.
       axis_name: the axis of the surrounding `jax.pmap`, `jax.shard_map` or `jax.vmap`. The rows of all devices are
-        gathered and divided by the number of devices, as `jax.lax.pmean` does with gradients.
+        gathered and divided by the number of devices, as `jax.lax.pmean` does with gradients. Not with class_axis.
+      class_axis: the axes of the surrounding `jax.pmap` or `jax.shard_map` that the rows of the tables lie over, as in
+        `class_softmax`. Each device moves its own rows, and nothing is gathered. Under `jax.jit` it need not be given:
+        rows that lie with their part of the table have a `sharding`.
       mesh: the mesh of Auto axes under `jax.jit`. See `center_update`.
 
     Returns:
@@ -92,7 +105,7 @@ def by_rows(
       TypeError: if optimizer is no optax optimizer, or mesh no mesh; from `init`, if the optimizer accumulates, or a
         table is not floating point; from `update`, if it is given anything but RowUpdates, or those of a center loss.
       ValueError: from `init`, if the optimizer reduces over the rows of a table, or a table is not `[C, D]`; from
-        `update`, if params are missing or the rows do not fit their table.
+        `update`, if params are missing, the rows do not fit their table, or class_axis is not theirs.
       NameError: from `update`, if axis_name is not an axis that surrounds the call.
 
     Example:
@@ -118,7 +131,10 @@ def by_rows(
         tables = [_widen(check_table(table, 'a table of by_rows')) for table in tables]
         inner_state = optimizer.init(treedef.unflatten(tables))
         _check_row_by_row(optimizer, treedef, tables, inner_state)
-        return ByRowsState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), inner_state)
+        leaves, state_def = jax.tree.flatten(inner_state)
+        owners = _owners(optimizer, treedef, tables)
+        leaves = [a if owner is None else lay_out_as(a, tables[owner]) for a, owner in zip(leaves, owners, strict=True)]
+        return ByRowsState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), state_def.unflatten(leaves))
 
     def update(updates, state, params=None):
         check_axis_name(axis_name)
@@ -128,35 +144,108 @@ def by_rows(
             raise ValueError('by_rows takes the tables too: pass them as update(rows, state, tables)')
         tables = meta.unbox(rows_def.flatten_up_to(params))  # a table may be in a box, as by nn.with_partitioning
         tables = [check_table(table, 'a table of by_rows') for table in tables]
-        sums = [_sum_rows(*pair, axis_name, mesh) for pair in zip(rows, tables, strict=True)]
-        index, gradients, dropped = zip(*sums, strict=True)
-
-        def take(leaf, owner):
-            return leaf if owner is None else take_rows(leaf, jnp.where(index[owner] < DROPPED, index[owner], 0))
-
-        def put(leaf, owner, new):
-            return new if owner is None else set_rows(leaf, index[owner], new)
-
         treedef = jax.tree.structure(params)
         owners = _owners(optimizer, treedef, tables)
         leaves, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, state.inner_state))  # restored ones are NumPy's
-        inner_updates, inner_state = optimizer.update(
-            treedef.unflatten(gradients),
-            state_def.unflatten(map(take, leaves, owners)),
-            treedef.unflatten(_widen(take(table, owner)) for owner, table in enumerate(tables)),
-        )
-        leaves = map(put, leaves, owners, state_def.flatten_up_to(inner_state))
-        moves = [
-            jnp.where((k < DROPPED)[:, None], u, 0) for k, u in zip(index, jax.tree.leaves(inner_updates), strict=True)
+        step = partial(_step, optimizer, treedef, state_def, owners)
+        sharding = _common_sharding(rows, class_axis)
+        if sharding is not None:
+            index, moves, leaves, dropped, squares = _on_class_shards(step, sharding, owners, rows, tables, leaves)
+        elif class_axis is not None:
+            index, moves, leaves, dropped, squares = step(rows, tables, leaves)
+            dropped, squares = jax.lax.psum((dropped, squares), class_axis)
+        else:
+            index, moves, leaves, dropped, squares = step(rows, tables, leaves, axis_name, mesh)
+        moved = [
+            RowUpdates(*pair, kind=old.kind, sharding=sharding) for *pair, old in zip(index, moves, rows, strict=True)
         ]
-        moved = [RowUpdates(*pair, kind=old.kind) for *pair, old in zip(index, moves, rows, strict=True)]
         return treedef.unflatten(moved), ByRowsState(
-            rows_dropped=state.rows_dropped + sum(dropped),
-            update_norm=jnp.asarray(optax.tree.norm(moves), jnp.float32),
+            rows_dropped=state.rows_dropped + dropped,
+            update_norm=jnp.sqrt(squares).astype(jnp.float32),
             inner_state=state_def.unflatten(leaves),
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _step(
+    optimizer: optax.GradientTransformation,
+    treedef: Any,
+    state_def: Any,
+    owners: list[int | None],
+    rows: list[RowUpdates],
+    tables: list[Array],
+    leaves: list[Array],
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
+):
+    """Runs the optimizer on the touched rows.
+
+    Returns for each table the indices of these rows and their moves, the leaves of the new state, how many rows are
+    dropped, and the sum of the squared moves.
+    """
+    sums = [_sum_rows(*pair, axis_name, mesh) for pair in zip(rows, tables, strict=True)]
+    index, gradients, dropped = zip(*sums, strict=True)
+
+    def take(leaf, owner):
+        return leaf if owner is None else take_rows(leaf, jnp.where(index[owner] < DROPPED, index[owner], 0))
+
+    def put(leaf, owner, new):
+        return new if owner is None else set_rows(leaf, index[owner], new)
+
+    updates, state = optimizer.update(
+        treedef.unflatten(gradients),
+        state_def.unflatten(map(take, leaves, owners)),
+        treedef.unflatten(_widen(take(table, owner)) for owner, table in enumerate(tables)),
+    )
+    new_leaves = [*map(put, leaves, owners, state_def.flatten_up_to(state))]
+    moves = [jnp.where((k < DROPPED)[:, None], u, 0) for k, u in zip(index, jax.tree.leaves(updates), strict=True)]
+    return [*index], moves, new_leaves, sum(dropped), sum(jnp.sum(jnp.square(move)) for move in moves)
+
+
+def _on_class_shards(
+    step: Callable,
+    sharding: NamedSharding,
+    owners: list[int | None],
+    rows: list[RowUpdates],
+    tables: list[Array],
+    leaves: list[Array],
+):
+    """Returns what `step` returns, where each device has the rows of its own part of the tables."""
+    class_axis = row_axes(sharding)
+
+    def step_of_device(arrays, tables, leaves):
+        rows = [rows_of_device(*pair, sharding) for pair in zip(arrays, tables, strict=True)]
+        index, moves, leaves, *totals = step(rows, tables, leaves)
+        first = [first_row(class_axis, table.shape[0]) for table in tables]
+        index = [jnp.where(k < DROPPED, k + n, DROPPED) for k, n in zip(index, first, strict=True)]
+        return index, moves, leaves, *jax.lax.psum(totals, class_axis)
+
+    by_class = sharding.spec
+    of_leaves = [P() if owner is None else by_class for owner in owners]
+    specs = {'in_specs': (by_class, by_class, of_leaves), 'out_specs': (by_class, by_class, of_leaves, P(), P())}
+    arrays = [resolve_shards(*pair, num_row_shards(sharding)) for pair in zip(rows, tables, strict=True)]
+    return jax.shard_map(step_of_device, mesh=sharding.mesh, **specs)(arrays, tables, leaves)
+
+
+def _common_sharding(rows: list[RowUpdates], class_axis: AxisName | None) -> NamedSharding | None:
+    """Returns how the rows lie with their class shards under `jax.jit`, and checks that class_axis agrees."""
+    shardings = {leaf.sharding for leaf in rows}
+    if len(shardings) > 1:
+        raise ValueError(
+            'the tables of one by_rows must all lie over the same mesh axes: give each a by_rows of its own, by '
+            'optax.partition'
+        )
+    (sharding,) = shardings
+    names = axis_names(class_axis, 'class_axis')
+    if sharding is None and not all(map(is_mapped, names)):
+        raise ValueError(
+            f'class_axis={class_axis!r} is no axis of a jax.shard_map or jax.pmap around this call, and the rows do '
+            'not lie with their class shard: pass the rows of a softmax that was given class_axis, or leave it out'
+        )
+    if sharding is not None and names not in ((), row_axes(sharding)):
+        raise ValueError(f'class_axis is {class_axis!r}, but the rows lie over {row_axes(sharding)}')
+    return sharding
 
 
 def _widen(table: Array) -> Array:

@@ -116,19 +116,31 @@ def check_size(size: Any, name: str) -> None:
         raise ValueError(f'{name} must be an integer of at least 1, got {size!r}')
 
 
-def check_classes(classes: ArrayLike | Sequence, num_classes: int) -> Array:
-    """Returns the classes of a sample, int32 `[S]`; their order and their range are checked where values are known."""
+def check_classes(classes: ArrayLike | Sequence, num_rows: int, num_shards: int = 1) -> Array:
+    """Returns the classes of a sample, int32 `[S]`; their order and their range are checked where values are known.
+
+    With num_shards, each shard of the rows has as many of them as the others.
+    """
     classes = as_integers(classes, 'classes')
     if classes.ndim != 1 or classes.size == 0:
         raise ValueError(f'classes must have shape [S] with S at least 1, got {list(classes.shape)}')
-    index = row_index(classes, num_classes)
+    index = row_index(classes, num_rows)
+    by_shard = classes.size % num_shards == 0
     if is_concrete(index):
         known = np.asarray(jax.device_get(index))
-        if not ((known >= 0) & (known < num_classes)).all() or not (np.diff(known) > 0).all():
+        if not ((known >= 0) & (known < num_rows)).all() or not (np.diff(known) > 0).all():
             raise ValueError(
-                f'classes must be distinct, in ascending order and from 0 to {num_classes - 1}, as sample_classes '
+                f'classes must be distinct, in ascending order and from 0 to {num_rows - 1}, as sample_classes '
                 'returns them'
             )
+        if by_shard and num_shards > 1:
+            shard = np.repeat(np.arange(num_shards), classes.size // num_shards)
+            by_shard = (known // (num_rows // num_shards) == shard).all()
+    if not by_shard:
+        raise ValueError(
+            f'classes must have equally many for each of the {num_shards} shards of the table, as sample_classes with '
+            'class_axis= returns them'
+        )
     return jnp.asarray(index)
 
 
@@ -172,18 +184,28 @@ def check_reduction(reduce_fn: ReduceFn | None, axis_name: AxisName | None) -> N
 
 
 def check_axis_name(axis_name: AxisName | None) -> None:
-    if axis_name is None:
-        return
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f'axis_name must be the name of an axis or a tuple of names, got {axis_name!r}')
-    try:
-        jax.lax.axis_size(axis_name)
-    except NameError:
+    if not all(map(is_mapped, axis_names(axis_name, 'axis_name'))):
         raise NameError(
             f'axis_name={axis_name!r} is not the name of an axis here: pass the axis_name of the jax.pmap, '
             'jax.shard_map or jax.vmap around this call, or leave axis_name out on one device and under a plain jax.jit'
-        ) from None
+        )
+
+
+def axis_names(names: AxisName | None, argument: str) -> tuple[str, ...]:
+    """Returns the names of mapped or mesh axes as a tuple."""
+    as_tuple = () if names is None else names if isinstance(names, tuple) else (names,)
+    if not all(isinstance(name, str) for name in as_tuple):
+        raise TypeError(f'{argument} must be the name of an axis or a tuple of names, got {names!r}')
+    return as_tuple
+
+
+def is_mapped(name: str) -> bool:
+    """Returns whether the call is inside of a `jax.pmap`, `jax.shard_map` or `jax.vmap` over this axis."""
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
 
 
 def check_optimizer(optimizer: Any, name: str) -> None:

@@ -1,6 +1,6 @@
 """The logits of three softmax losses over classes.
 
-`others` returns the logit of each row of a table, `[B, N]`. `own` returns the logit of each example's own class, `[B]`,
+`logits` returns the logit of each row of a table, `[B, N]`. `own` returns the logit of each example's own class, `[B]`,
 with its margin. A form of logits is a pytree of its numbers, so that they may be traced.
 """
 
@@ -14,7 +14,7 @@ from jax import Array
 class InnerProduct(NamedTuple):
     """x.w"""
 
-    def others(self, x: Array, rows: Array) -> Array:
+    def logits(self, x: Array, rows: Array) -> Array:
         return x @ rows.T
 
     def own(self, x: Array, row: Array) -> Array:
@@ -31,7 +31,7 @@ class Cosine(NamedTuple):
     angular_margin: Array
     additive_margin: Array
 
-    def others(self, x: Array, rows: Array) -> Array:
+    def logits(self, x: Array, rows: Array) -> Array:
         return self.scale * (unit(x) @ unit(rows).T)
 
     def own(self, x: Array, row: Array) -> Array:
@@ -62,7 +62,7 @@ class SquaredDistance(NamedTuple):
     temperature: Array
     margin: Array
 
-    def others(self, x: Array, rows: Array) -> Array:
+    def logits(self, x: Array, rows: Array) -> Array:
         origin = middle(x)
         x, rows = x - origin, rows - origin
         product = jnp.dot(x, rows.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,6 +1,7 @@
 """RowUpdates: a change to a few rows of a table, in the place of a gradient of the table's size."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from centerloss_jax._inputs import (
@@ -19,11 +21,21 @@ from centerloss_jax._inputs import (
     check_floating,
     check_table,
     compute_dtype,
+    is_row,
     row_index,
     type_name,
 )
 from centerloss_jax._kernels import add_class_sums, squared_norms, unique_sums
-from centerloss_jax._sharding import add_rows, gather_devices, replicate, set_rows, take_rows
+from centerloss_jax._sharding import (
+    add_rows,
+    first_row,
+    gather_devices,
+    num_row_shards,
+    replicate,
+    row_axes,
+    set_rows,
+    take_rows,
+)
 
 # Arithmetic on the rows changes these: no sum, multiple, square, sign or clip of such a number is itself.
 # Half precision holds neither of the two floats. They differ, so that subtracting their mean changes them.
@@ -63,9 +75,13 @@ class RowUpdates:
       indices: integers `[N]`, rows of the table.
       values: floating point `[N, D]`, what is added to them.
       kind: 'centers', 'gradient', or None for rows that any transform takes.
+      sharding: None, or the layout of rows that lie over a mesh with their part of the table, equally many on each
+        device, as a softmax with `class_axis` returns them under `jax.jit`. `table + rows`, `by_rows` and
+        `concatenate_rows` then run on each device for its own rows. It is static.
 
     Raises:
       ValueError: if kind is another.
+      TypeError: if sharding is no NamedSharding.
       TypeError: from `table + rows`, if the indices are no longer integers, or the values not floating point.
       ValueError: from `table + rows`, if the shapes do not fit the table.
 
@@ -83,6 +99,7 @@ class RowUpdates:
     _guard: ArrayLike  # GUARD
     _float_guard: ArrayLike  # FLOAT_GUARD
     kind: Kind
+    sharding: NamedSharding | None
 
     def __init__(
         self,
@@ -90,13 +107,16 @@ class RowUpdates:
         values: ArrayLike,
         *,
         kind: Kind = None,
+        sharding: NamedSharding | None = None,
         _scale: ArrayLike | None = None,
         _guard: ArrayLike = GUARD,
         _float_guard: ArrayLike = FLOAT_GUARD,
     ):
         if kind not in ('centers', 'gradient', None):
             raise ValueError(f"kind must be 'centers', 'gradient' or None, got {kind!r}")
-        self.kind = kind
+        if sharding is not None and not isinstance(sharding, NamedSharding):
+            raise TypeError(f'sharding must be a NamedSharding or None, got {type(sharding).__name__}')
+        self.kind, self.sharding = kind, sharding
         self.indices, self._values, self._scale = indices, values, _scale
         self._guard, self._float_guard = _guard, _float_guard
 
@@ -106,13 +126,13 @@ class RowUpdates:
 
     def tree_flatten_with_keys(self):
         """Lists the leaves with their names. @private"""
-        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES], self.kind
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES], (self.kind, self.sharding)
 
     @classmethod
-    def tree_unflatten(cls, kind, leaves):
+    def tree_unflatten(cls, aux, leaves):
         """Restores rows from their leaves. @private"""
-        indices, values, *others = leaves
-        return cls(indices, values, kind=kind, **dict(zip(LEAVES[2:], others, strict=True)))
+        (kind, sharding), (indices, values, *others) = aux, leaves
+        return cls(indices, values, kind=kind, sharding=sharding, **dict(zip(LEAVES[2:], others, strict=True)))
 
     if TYPE_CHECKING:
         # optax's type of a tree has arrays, iterables and mappings, and no pytree node of another class.
@@ -125,6 +145,16 @@ class RowUpdates:
         if not isinstance(table, (jax.Array, np.ndarray)):
             return NotImplemented
         table = check_table(table, 'the table')
+        if self.sharding is not None:
+            sharding = self.sharding
+            arrays = resolve_shards(self, table, num_row_shards(sharding))
+
+            def add(table, arrays):
+                return table + rows_of_device(arrays, table, sharding)
+
+            return jax.shard_map(add, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(
+                table, arrays
+            )
         index, values, scale = replicate(resolve_for_scatter(self, table))
         if compute_dtype(table.dtype) != table.dtype:
             # In a narrow dtype each addition rounds: sum the rows of a class in float32 and round once.
@@ -136,11 +166,29 @@ class RowUpdates:
         return add_class_sums(table, index, values, scale)
 
 
+def _serialize(aux: tuple[Kind, NamedSharding | None]) -> bytes:
+    kind, sharding = aux
+    if sharding is None:
+        return json.dumps([kind]).encode()
+    mesh, types = sharding.mesh, [axis_type.name for axis_type in sharding.mesh.axis_types]
+    return json.dumps([kind, mesh.axis_names, mesh.axis_sizes, types, row_axes(sharding)]).encode()
+
+
+def _deserialize(aux: bytes) -> tuple[Kind, NamedSharding | None]:
+    """Restores the axes of a mesh, but not its devices."""
+    kind, *layout = json.loads(aux)
+    if not layout:
+        return kind, None
+    names, sizes, types, class_axis = layout
+    mesh = AbstractMesh(tuple(sizes), tuple(names), tuple(AxisType[name] for name in types))
+    return kind, NamedSharding(mesh, P(tuple(class_axis)))
+
+
 export.register_pytree_node_serialization(
     RowUpdates,
     serialized_name='centerloss_jax.RowUpdates',
-    serialize_auxdata=lambda kind: (kind or '').encode(),
-    deserialize_auxdata=lambda kind: kind.decode() or None,
+    serialize_auxdata=_serialize,
+    deserialize_auxdata=_deserialize,
 )
 
 
@@ -155,11 +203,11 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
 
     Returns:
       RowUpdates of all rows in order, indices `[N]` and values `[N, D]`. Their kind is that of the arguments that have
-      one.
+      one. Rows that lie with their class shard stay there.
 
     Raises:
       TypeError: if an argument is not RowUpdates, its rows were scaled or averaged, or two have different kinds.
-      ValueError: if there are none, or D differs.
+      ValueError: if there are none, D differs, or they lie over devices in different ways.
 
     Example:
       >>> import centerloss_jax as clj
@@ -170,7 +218,7 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
     """
     if not rows:
         raise ValueError('concatenate_rows needs at least one RowUpdates')
-    parts = [replicate(_resolve_stacked(part, DROPPED)) for part in rows]  # layouts may differ on Explicit axes
+    parts = [_resolve_stacked(part, DROPPED) for part in rows]
     widths = sorted({values.shape[-1] for _, values, _ in parts})
     if len(widths) > 1:
         raise ValueError(f'rows must belong to one table, got values of {widths} features')
@@ -179,10 +227,22 @@ def concatenate_rows(*rows: RowUpdates) -> RowUpdates:
         raise TypeError(
             "rows must be of one kind, got 'centers' and 'gradient': join the rows of each table by themselves"
         )
-    parts = [(index.reshape(-1), values.reshape(-1, widths[0]), scale.reshape(-1)) for index, values, scale in parts]
-    index, values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    sharding = rows[0].sharding
+    if any(part.sharding != sharding for part in rows):
+        raise ValueError('rows must all lie with their class shard in the same way, or none of them: got two layouts')
+    if sharding is None:
+        index, values, scale = _join(replicate(parts))  # layouts may differ on Explicit axes
+    else:
+        specs = [P(*[None] * (index.ndim - 1), row_axes(sharding)) for index, _, _ in parts]
+        on_devices = jax.shard_map(_join, mesh=sharding.mesh, in_specs=(specs,), out_specs=sharding.spec)
+        index, values, scale = on_devices(parts)
     scale = None if all(part._scale is None for part in rows) else scale
-    return RowUpdates(index, values, kind=kinds.pop() if kinds else None, _scale=scale)
+    return RowUpdates(index, values, kind=kinds.pop() if kinds else None, sharding=sharding, _scale=scale)
+
+
+def _join(parts: list[tuple[Array, Array, Array]]) -> list[Array]:
+    parts = [(index.ravel(), values.reshape(-1, values.shape[-1]), scale.ravel()) for index, values, scale in parts]
+    return [jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def check_rows(leaves: list[Any], transform: str, kind: Kind, source: str) -> None:
@@ -240,6 +300,25 @@ def resolve(rows: RowUpdates, table: Array | None = None) -> tuple[Array, Array,
     if table is not None and values.shape[1] != table.shape[1]:
         raise ValueError(f'rows of {values.shape[1]} features cannot be added to a table {list(table.shape)}')
     return index, values, scale
+
+
+def resolve_shards(rows: RowUpdates, table: Array, num_shards: int) -> tuple[Array, Array, Array | None]:
+    """Returns the index, values and scale of rows that lie with their class shard, to enter `jax.shard_map`."""
+    index, values, scale = resolve(rows, table)
+    if table.shape[0] % num_shards or index.size % num_shards:
+        raise ValueError(
+            f'the rows lie over {num_shards} shards of their table, which must divide their number {index.size} and '
+            f'that of the table, {table.shape[0]}: pass the table that the softmax was given'
+        )
+    return index, values, None if rows._scale is None else scale
+
+
+def rows_of_device(arrays: tuple[Array, Array, Array | None], table: Array, sharding: NamedSharding) -> RowUpdates:
+    """Returns the rows of this device and of its part of the table. A row of another device is dropped."""
+    index, values, scale = arrays
+    local = index - first_row(row_axes(sharding), table.shape[0])
+    local = jnp.where((local >= 0) & (local < table.shape[0]), local, DROPPED)
+    return RowUpdates(jnp.where(is_row(index), local, index), values, _scale=scale)
 
 
 def _resolve_stacked(rows: RowUpdates, num_rows: int) -> tuple[Array, Array, Array]:

@@ -6,12 +6,34 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from centerloss_jax._inputs import DROPPED, as_integers, check_key, check_num_classes, check_size, class_index, is_row
+from centerloss_jax._class_shards import ClassShards, find_shards, gather_batch
+from centerloss_jax._inputs import (
+    DROPPED,
+    AxisName,
+    as_integers,
+    check_key,
+    check_num_classes,
+    check_size,
+    class_index,
+    is_row,
+)
+from centerloss_jax._sharding import first_row, vary_as
 
 
-def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: int, num_sampled: int) -> Array:
+def sample_classes(
+    key: ArrayLike,
+    labels: ArrayLike | Sequence,
+    num_classes: int,
+    num_sampled: int,
+    *,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
+) -> Array:
     """Draws classes for a softmax: every class of the batch, the rest at random among the others.
 
     The others are drawn uniformly without replacement. Time and memory grow with S log S + B log B, S the number of
@@ -20,20 +42,29 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
     As in Partial FC, a softmax over the sample is not corrected by the log of the probability that a class is drawn.
     Its loss is below the loss over all classes, and its gradient is a biased estimate of the gradient of that loss.
 
+    With `class_axis` each of k devices draws S / k of its own rows of the table, those of the batch among them. A
+    device with fewer rows that are classes takes rows of padding too, which get no logit.
+
     Args:
-      key: a key of `jax.random`.
+      key: a key of `jax.random`, the same on all devices.
       labels: integers of any shape and dtype. Negative labels name no class, and inside `jax.jit` labels of C or more
         name none either.
       num_classes: number of classes C.
       num_sampled: number of classes S in the sample: at least the smaller of C and the number of labels, at most C.
+        Over devices the share of each must hold the labels of all devices or all rows of one.
+      axis_name: other axes of the surrounding `jax.shard_map` or `jax.pmap` that the batch lies over.
+      class_axis: the axes that the rows of the table lie over, as `shard_centers` lays them out. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`, by default that of `jax.set_mesh`.
 
     Returns:
-      The classes, int32 `[S]`, distinct and in ascending order.
+      The classes, int32 `[S]`, distinct and in ascending order. Inside `jax.shard_map` and `jax.pmap` with class_axis,
+      the rows of this device's part of the table, int32 `[S / k]`.
 
     Raises:
       TypeError: if key is not one key, or labels are not integers.
-      ValueError: if num_sampled could not hold the classes of every batch, or is more than C, or a label whose value is
-        known is C or more.
+      ValueError: if num_sampled could not hold the classes of every batch, is more than C, or is not divided by the
+        devices of class_axis; if a label whose value is known is C or more; if class_axis is not in the mesh.
+      NameError: if axis_name is not an axis that surrounds the call.
 
     Example:
       >>> import centerloss_jax as clj
@@ -52,30 +83,55 @@ def sample_classes(key: ArrayLike, labels: ArrayLike | Sequence, num_classes: in
     check_num_classes(num_classes)
     check_size(num_sampled, 'num_sampled')
     labels = as_integers(labels)
-    fewest = min(labels.size, num_classes)
-    if not fewest <= num_sampled <= num_classes:
-        raise ValueError(
-            f'num_sampled must be from {fewest} to {num_classes}, got {num_sampled}: the sample holds the classes of '
-            f'{labels.size} labels, out of {num_classes} classes'
-        )
+    shards = find_shards(axis_name, class_axis, mesh)
     index = class_index(labels, None, num_classes, labels.shape)
-    return _sample(key, index.reshape(-1), int(num_classes), int(num_sampled))
+    index = gather_batch(index.reshape(-1), shards)
+    k, num_rows = shards.num_shards, -(-num_classes // shards.num_shards)
+    fewest = min(index.size, num_rows)
+    if num_sampled % k or not fewest <= num_sampled // k <= num_rows:
+        multiple = f', a multiple of {k}' if k > 1 else ''
+        raise ValueError(
+            f'num_sampled must be from {k * fewest} to {k * num_rows}{multiple}, got {num_sampled}: the sample holds '
+            f'the classes of {index.size} labels, out of {num_rows} classes' + (' on each device' if k > 1 else '')
+        )
+    return _sample_shards(key, index, int(num_classes), int(num_sampled), shards)
 
 
-@partial(jax.jit, static_argnames=('num_classes', 'num_sampled'))
-def _sample(key: Array, index: Array, num_classes: int, num_sampled: int) -> Array:
+@partial(jax.jit, static_argnames=('num_classes', 'num_sampled', 'shards'))
+def _sample_shards(key: Array, index: Array, num_classes: int, num_sampled: int, shards: ClassShards) -> Array:
+    """Returns the sample of this device, or under `jax.jit` that of all devices."""
+    size, num_rows = num_sampled // shards.num_shards, -(-num_classes // shards.num_shards)
+    if not shards.class_axis:
+        return _sample(key, index, num_classes, num_classes, size)
+
+    def draw(key: Array, index: Array) -> Array:
+        key = jax.random.fold_in(key, jax.lax.axis_index(shards.class_axis))
+        first = first_row(shards.class_axis, num_rows)
+        present = is_row(index) & (index >= first) & (index < first + num_rows)
+        local = jnp.where(present, index - first, DROPPED)
+        drawn = _sample(key, local, num_rows, jnp.clip(num_classes - first, 0, num_rows), size)
+        return drawn if shards.mesh is None else drawn + first
+
+    if shards.mesh is None:
+        return draw(key, index)
+    return jax.shard_map(draw, mesh=shards.mesh, in_specs=P(), out_specs=P(shards.class_axis))(key, index)
+
+
+def _sample(key: Array, index: Array, num_rows: int, num_classes: Array | int, size: int) -> Array:
+    """Samples the first num_classes of some rows, and where they are too few the rows behind them."""
     present, num_present = _distinct(jnp.where(is_row(index), index, DROPPED))
     # The others are numbered from 0. Number k is class k + (how many present classes have at most k others below).
-    population, count = num_classes - num_present, num_sampled - num_present
-    if num_classes > 4 * num_sampled:
-        drawn = _draw(key, population, count, num_sampled)
+    population, count = num_classes - num_present, jnp.minimum(num_classes, size) - num_present
+    if num_rows > 4 * size:
+        drawn = _draw(key, population, count, size)
     else:  # draws would repeat too often
-        numbers = jax.random.permutation(key, num_classes).astype(jnp.int32)
-        drawn, _ = _keep_first(numbers, numbers < population, count, num_sampled)
+        numbers = jax.random.permutation(key, num_rows).astype(jnp.int32)
+        drawn, _ = _keep_first(numbers, numbers < population, count, size)
     others_below = jnp.where(present == DROPPED, DROPPED, present - jnp.arange(present.size, dtype=jnp.int32))
     skipped = jnp.searchsorted(others_below, drawn, side='right').astype(jnp.int32)
     others = jnp.where(drawn == DROPPED, DROPPED, drawn + skipped)
-    return jnp.sort(jnp.concatenate([present, others]))[:num_sampled]
+    sample = jnp.sort(jnp.concatenate([present, others]))[:size]
+    return jnp.where(sample == DROPPED, jnp.arange(size, dtype=jnp.int32), sample)
 
 
 def _draw(key: Array, population: Array, count: Array, size: int) -> Array:
@@ -96,7 +152,7 @@ def _draw(key: Array, population: Array, count: Array, size: int) -> Array:
         is_new = jnp.zeros(both.shape, bool).at[order].set(_is_first(both[order]))
         return key, *_keep_first(both, is_new, count, size)
 
-    state = key, jnp.full(size, DROPPED, jnp.int32), jnp.int32(0)
+    state = jax.tree.map(lambda a: vary_as(a, population), (key, jnp.full(size, DROPPED, jnp.int32), jnp.int32(0)))
     return jax.lax.while_loop(missing, draw_more, state)[1]
 
 

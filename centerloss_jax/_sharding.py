@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,6 +61,14 @@ def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def lay_out_as(a: Array, table: Array) -> Array:
+    """Returns `a` laid out as a table of its shape under `jax.jit`, where XLA would replicate an array of zeros."""
+    inside_shard_map = jax.sharding.get_abstract_mesh().manual_axes
+    if not isinstance(table, Tracer) or inside_shard_map or a.shape != table.shape:
+        return a
+    return shard_alike(a, table)[0]
+
+
 def gather_devices(a: Array, axis_name: str | tuple[str, ...]) -> Array:
     """Returns the arrays of all devices along a mapped axis, joined on their first axis, the same on each device.
 
@@ -75,6 +85,21 @@ def vary_as(a: Array, *others: Array) -> Array:
     varying = frozenset().union(*(jax.typeof(other).manual_axis_type.varying for other in others))
     names = varying - jax.typeof(a).manual_axis_type.varying
     return jax.lax.pcast(a, tuple(names), to='varying') if names else a
+
+
+def first_row(class_axis: tuple[str, ...], num_rows: int) -> Array | int:
+    """Returns the first row of this device's part of a table, which has num_rows rows and lies over class_axis."""
+    return jax.lax.axis_index(class_axis) * num_rows if class_axis else 0
+
+
+def row_axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """Returns the mesh axes that the first axis of an array lies over."""
+    axes = sharding.spec[0] if len(sharding.spec) else None
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def num_row_shards(sharding: NamedSharding) -> int:
+    return math.prod(sharding.mesh.shape[name] for name in row_axes(sharding))
 
 
 def on_auto_axes(fn: Callable, *args: Array, spec: P) -> Any:

@@ -2,7 +2,7 @@
 
 The loss of an example is log(1 + exp(others - own)), with `own` the logit of its class, and `others` the log-sum-exp of
 the logits of all other classes. Only `own` has a margin, and it is taken from the example's own row. `others` is summed
-over blocks of classes.
+over blocks of classes. Where the table lies over devices, each takes both from its own rows.
 """
 
 import math
@@ -14,10 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from centerloss_jax._class_shards import (
+    ClassShards,
+    combine_shards,
+    count_classes,
+    find_shards,
+    gather_batch,
+    take_classes,
+)
 from centerloss_jax._inputs import (
     IGNORED,
+    AxisName,
     check_features,
     check_number,
     check_size,
@@ -28,7 +38,7 @@ from centerloss_jax._inputs import (
 )
 from centerloss_jax._kernels import log_sum_exp_of_others
 from centerloss_jax._logits import Cosine, InnerProduct, SquaredDistance, StraightThroughCosine
-from centerloss_jax._sharding import flatten, take_rows
+from centerloss_jax._sharding import flatten, take_rows, vary_as
 
 
 def class_softmax(
@@ -38,6 +48,10 @@ def class_softmax(
     *,
     where: ArrayLike | None = None,
     block_size: int = 1024,
+    num_classes: int | None = None,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     r"""Returns the mean cross-entropy of a softmax over the inner products of features and the rows of a table.
 
@@ -48,8 +62,10 @@ def class_softmax(
     bfloat16 inputs are computed in float32. A bias is a column of the table, with a 1 appended to x. On accelerators
     the products have the precision of `jax.default_matmul_precision`, as `x @ table.T` has.
 
-    The mean is that of the examples on this device, and the table is whole. Rows of Inf, with which `shard_centers`
-    pads a table, make the loss infinite or NaN.
+    The table may lie over devices by rows. With `class_axis` each device computes the logits of its own rows for the
+    examples of all devices, which are gathered, and neither rows nor their gradient move. Features, labels and a few
+    numbers for each example do. Lay the table over all axes that the batch lies over, or each of these axes repeats the
+    same logits.
 
     An example is ignored if its label is negative or `where` is False. It enters neither the value nor the denominator
     of the mean nor any gradient, whatever it holds. If every example is ignored the loss is 0.
@@ -64,13 +80,26 @@ def class_softmax(
         `jax.jit` the loss is NaN, and the gradient of that example is 0.
       where: bool, labels.shape; False ignores an example.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows, as `shard_centers` pads it. The rows behind get no logit, whatever
+        they hold. By default all rows are classes.
+      axis_name: axes of the surrounding `jax.pmap` or `jax.shard_map` that the batch lies over. Then `jax.lax.pmean` of
+        the result over these and class_axis is the loss of the whole batch. Take it inside the function that is
+        differentiated, as with `center_loss`. Without class_axis each device has the whole table.
+      class_axis: the axis, or a tuple of axes, that the rows of the table lie over: device k has row k R to row
+        (k + 1) R. In `jax.pmap` and `jax.shard_map` the table is this device's part, and labels are classes of the
+        whole one. JAX differentiates the sum of the losses of all devices in `jax.pmap` and where `jax.shard_map` does
+        not check: divide a gradient for the table by their number on class_axis. Under `jax.jit` it names axes of a
+        mesh, and the table is the whole array. On Explicit axes it is read from the type of the table.
+      mesh: the mesh of class_axis under `jax.jit`, by default that of `jax.set_mesh`.
 
     Returns:
       A scalar; float32, or float64 where an input is.
 
     Raises:
       TypeError: if x or table are not floating point, labels not integers, or where not boolean.
-      ValueError: if shapes do not fit, a label whose value is known is C or more, or block_size is not positive.
+      ValueError: if shapes do not fit, a label whose value is known is C or more, or block_size is not positive; if
+        class_axis is not in the mesh, or its devices do not divide the rows.
+      NameError: if axis_name is not an axis that surrounds the call.
 
     Example:
       >>> import centerloss_jax as clj
@@ -83,7 +112,18 @@ def class_softmax(
     References:
       Wen et al., ECCV 2016, Eq. 1, without its bias and as a mean.
     """
-    return _loss(InnerProduct(), x, table, labels, where, block_size)
+    return _loss(
+        InnerProduct(),
+        x,
+        table,
+        labels,
+        block_size,
+        where=where,
+        num_classes=num_classes,
+        axis_name=axis_name,
+        class_axis=class_axis,
+        mesh=mesh,
+    )
 
 
 def margin_softmax(
@@ -97,6 +137,10 @@ def margin_softmax(
     straight_through: bool = False,
     where: ArrayLike | None = None,
     block_size: int = 1024,
+    num_classes: int | None = None,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     r"""Returns the mean cross-entropy of a softmax over cosines, with a margin for the class of the example.
 
@@ -124,6 +168,10 @@ def margin_softmax(
         logit for its cosine is s. The value is the same.
       where: bool, labels.shape; False ignores an example.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       A scalar; float32, or float64 where an input is.
@@ -145,7 +193,18 @@ def margin_softmax(
       pi is not in the paper; earlier code of insightface has it.
     """
     form = cosine_form(scale, angular_margin, additive_margin, straight_through)
-    return _loss(form, x, table, labels, where, block_size)
+    return _loss(
+        form,
+        x,
+        table,
+        labels,
+        block_size,
+        where=where,
+        num_classes=num_classes,
+        axis_name=axis_name,
+        class_axis=class_axis,
+        mesh=mesh,
+    )
 
 
 def distance_softmax(
@@ -157,6 +216,10 @@ def distance_softmax(
     margin: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     block_size: int = 1024,
+    num_classes: int | None = None,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     r"""Returns the mean cross-entropy of a softmax over negative squared distances to the rows of a table.
 
@@ -175,6 +238,10 @@ def distance_softmax(
       margin: m, relative to the distance.
       where: bool, labels.shape; False ignores an example.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       A scalar; float32, or float64 where an input is.
@@ -196,7 +263,18 @@ def distance_softmax(
       Wan, Zhong, Li and Chen, "Rethinking Feature Distribution for Loss Functions in Image Classification", CVPR 2018
       (L-GM).
     """
-    return _loss(distance_form(temperature, margin), x, table, labels, where, block_size)
+    return _loss(
+        distance_form(temperature, margin),
+        x,
+        table,
+        labels,
+        block_size,
+        where=where,
+        num_classes=num_classes,
+        axis_name=axis_name,
+        class_axis=class_axis,
+        mesh=mesh,
+    )
 
 
 def cosine_form(scale: Any, angular_margin: Any, additive_margin: Any, straight_through: bool) -> Cosine:
@@ -214,33 +292,91 @@ def distance_form(temperature: Any, margin: Any) -> SquaredDistance:
     return SquaredDistance(temperature, margin)
 
 
-def _loss(form: Any, x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> Array:
-    x, table, index = check_arrays(x, table, labels, where, block_size)
-    return mean_loss(x, table, index, form, int(block_size))
+def _loss(form: Any, x: Any, table: Any, labels: Any, block_size: Any, **options: Any) -> Array:
+    x, table, index, num_classes, shards = check_arrays(x, table, labels, block_size, **options)
+    batch = gather_batch(x, shards), gather_batch(index, shards)
+    rows, classes, _ = take_classes(table, None, num_classes, shards)
+    loss = mean_loss(*batch, rows, classes, form, None, block_size=int(block_size), shards=shards, sampled=False)
+    return vary_as(loss, x, table)
 
 
-def check_arrays(x: Any, table: Any, labels: Any, where: Any, block_size: Any) -> tuple[Array, Array, Array]:
-    """Returns x `[B, D]`, the table, and the row of each label `[B]`, IGNORED or DROPPED."""
+def check_arrays(
+    x: Any,
+    table: Any,
+    labels: Any,
+    block_size: Any,
+    *,
+    where: Any,
+    num_classes: Any,
+    axis_name: Any,
+    class_axis: Any,
+    mesh: Any,
+) -> tuple[Array, Array, Array, int, ClassShards]:
+    """Returns x `[B, D]`, the table, the class of each label `[B]`, IGNORED or DROPPED, and how the table lies."""
     table = check_table(table, 'table')
     x = check_features(x, table.shape[1])
     check_size(block_size, 'block_size')
-    index = class_index(labels, where, table.shape[0], x.shape[:-1])
-    return flatten(x, index.ndim), table, flatten(index, index.ndim)
+    shards = find_shards(axis_name, class_axis, mesh, table)
+    num_classes = count_classes(table, num_classes, shards)
+    index = class_index(labels, where, num_classes, x.shape[:-1])
+    return flatten(x, index.ndim), table, flatten(index, index.ndim), num_classes, shards
 
 
-@partial(jax.jit, static_argnames='block_size')
-def mean_loss(x: Array, rows: Array, index: Array, form: Any, block_size: int) -> Array:
-    """Returns the mean cross-entropy. The index of an example is a row, IGNORED or DROPPED."""
+@partial(jax.jit, static_argnames=('block_size', 'shards', 'sampled'))
+def mean_loss(
+    x: Array,
+    index: Array,
+    rows: Array,
+    classes: Array,
+    form: Any,
+    center_weight: Any,
+    *,
+    block_size: int,
+    shards: ClassShards,
+    sampled: bool,
+) -> Array:
+    """Returns the mean cross-entropy over the classes of some rows, with the center loss where it has a weight.
+
+    The index of an example is its class, IGNORED or DROPPED. The classes are in ascending order, DROPPED for a row that
+    has no logit; without a sample they follow each other.
+    """
     dtype = compute_dtype(x.dtype, rows.dtype)
     form = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), form)
     counted, valid = index != IGNORED, is_row(index)
     x, rows = jnp.where(valid[:, None], x, 0).astype(dtype), rows.astype(dtype)
 
-    place = jnp.where(valid, index, 0)
-    own = form.own(x, take_rows(rows, place))
-    others = log_sum_exp_of_others(form.others, x, rows, place, block_size)
-    cross_entropy = jnp.where(valid, jax.nn.softplus(others - own), 0)
+    logits = partial(_logits, block_size=block_size, sampled=sampled, with_distance=center_weight is not None)
+    others, (own, distance, found) = combine_shards(logits, shards, x, rows, classes, index, form)
+    valid &= found > 0
+    loss = jax.nn.softplus(others - own)
+    if center_weight is not None:
+        loss += center_weight * distance
 
-    per_example = jnp.where(counted & ~valid, jnp.nan, cross_entropy)
-    count = jnp.maximum(jnp.sum(counted, dtype=jnp.int32), 1).astype(dtype)
-    return jnp.sum(per_example) / count
+    per_example = jnp.where(valid, loss, jnp.where(counted, jnp.nan, 0))
+    count = jnp.sum(counted, dtype=jnp.int32).astype(dtype)
+    if shards.axis_name and not shards.class_axis:
+        count = jax.lax.pmean(count, shards.axis_name)
+    return jnp.sum(per_example) / jnp.where(count > 0, count, 1)
+
+
+def _logits(
+    x: Array,
+    rows: Array,
+    classes: Array,
+    index: Array,
+    form: Any,
+    *,
+    block_size: int,
+    sampled: bool,
+    with_distance: bool,
+) -> tuple[Array, tuple[Array, Array | None, Array]]:
+    """Returns `others`, and where the own class is among the rows `own`, the squared distance to its row, and a 1."""
+    place = jnp.searchsorted(classes, index) if sampled else index - classes[0]
+    place = jnp.clip(place, 0, classes.size - 1).astype(jnp.int32)
+    found = is_row(index) & (classes[place] == index)
+    # A row of padding, which may hold Inf, is read as 0: its derivatives would be NaN.
+    own_row = jnp.where(found[:, None], take_rows(rows, place), 0)
+    own = jnp.where(found, form.own(x, own_row), 0)
+    distance = jnp.where(found, jnp.sum(jnp.square(x - own_row), axis=-1), 0) if with_distance else None
+    others = log_sum_exp_of_others(form.logits, x, rows, classes, index, block_size)
+    return others, (own, distance, found.astype(jnp.int32))

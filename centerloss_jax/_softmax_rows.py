@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from centerloss_jax._inputs import DROPPED, check_classes, check_number, compute_dtype, is_concrete, is_row
+from centerloss_jax._class_shards import gather_batch, take_classes
+from centerloss_jax._inputs import IGNORED, AxisName, check_classes, check_number, compute_dtype, is_concrete
 from centerloss_jax._kernels import loss_and_gradient
 from centerloss_jax._logits import InnerProduct
-from centerloss_jax._loss import center_loss
 from centerloss_jax._rows import RowUpdates
-from centerloss_jax._sharding import take_rows
+from centerloss_jax._sharding import vary_as
 from centerloss_jax._softmax import check_arrays, cosine_form, distance_form, mean_loss
 
 
@@ -32,6 +33,10 @@ def class_softmax_and_rows(
     classes: ArrayLike | Sequence | None = None,
     weight: ArrayLike = 1.0,
     block_size: int = 1024,
+    num_classes: int | None = None,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, RowUpdates]:
     """Returns `class_softmax` and its gradient for the rows of the table, for a training step.
 
@@ -40,6 +45,9 @@ def class_softmax_and_rows(
 
     The rows carry no gradient, so a factor on the returned loss does not reach them. Pass it as `weight`.
 
+    With `class_axis` the rows stay on the devices that hold them in the table, and `by_rows` moves them there. Their
+    gradient is that of the loss of the whole batch, in all forms.
+
     Args:
       x: features `[..., D]`, floating point. See `class_softmax`.
       table: one row for each class `[C, D]`, floating point. See `class_softmax`.
@@ -47,13 +55,18 @@ def class_softmax_and_rows(
       where: bool, labels.shape; False ignores an example.
       classes: integers `[S]`, distinct and in ascending order, as `sample_classes` returns them. A label that is not
         among them is an error outside of `jax.jit`; inside, the loss is NaN and the gradient of that example 0. None
-        takes all classes.
+        takes all classes. With class_axis pass it to `sample_classes` too: in `jax.pmap` and `jax.shard_map` these are
+        rows of this device's part of the table, and under `jax.jit` equally many classes of each device.
       weight: a number that multiplies the loss and the rows.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       `(loss, rows)`: a scalar, and RowUpdates of the kind 'gradient' with one row for each of `classes`, or of all
-      classes: indices int32 `[S]`, values `[S, D]` in float32 or wider.
+      classes: indices int32 `[S]`, values `[S, D]` in float32 or wider. A row without a logit has the index -1.
 
     Raises:
       TypeError: for a wrong dtype. See `class_softmax`.
@@ -72,7 +85,21 @@ def class_softmax_and_rows(
       >>> rows.indices.tolist(), rows.values.tolist()
       ([7, 500], [[-1.0, -2.0], [1.0, 2.0]])
     """
-    return _loss_and_rows(InnerProduct(), x, table, labels, where, classes, weight, None, block_size)
+    return _loss_and_rows(
+        InnerProduct(),
+        x,
+        table,
+        labels,
+        classes,
+        weight,
+        None,
+        block_size,
+        where=where,
+        num_classes=num_classes,
+        axis_name=axis_name,
+        class_axis=class_axis,
+        mesh=mesh,
+    )
 
 
 def margin_softmax_and_rows(
@@ -88,6 +115,10 @@ def margin_softmax_and_rows(
     classes: ArrayLike | Sequence | None = None,
     weight: ArrayLike = 1.0,
     block_size: int = 1024,
+    num_classes: int | None = None,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, RowUpdates]:
     """Returns `margin_softmax` and its gradient for the rows of the table, for a training step.
 
@@ -103,6 +134,10 @@ def margin_softmax_and_rows(
       classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
       weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       `(loss, rows)`. See `class_softmax_and_rows`.
@@ -121,7 +156,21 @@ def margin_softmax_and_rows(
       (1.0635, [0, 1])
     """
     form = cosine_form(scale, angular_margin, additive_margin, straight_through)
-    return _loss_and_rows(form, x, table, labels, where, classes, weight, None, block_size)
+    return _loss_and_rows(
+        form,
+        x,
+        table,
+        labels,
+        classes,
+        weight,
+        None,
+        block_size,
+        where=where,
+        num_classes=num_classes,
+        axis_name=axis_name,
+        class_axis=class_axis,
+        mesh=mesh,
+    )
 
 
 def distance_softmax_and_rows(
@@ -136,6 +185,10 @@ def distance_softmax_and_rows(
     classes: ArrayLike | Sequence | None = None,
     weight: ArrayLike = 1.0,
     block_size: int = 1024,
+    num_classes: int | None = None,
+    axis_name: AxisName | None = None,
+    class_axis: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, RowUpdates]:
     """Returns `distance_softmax` with a center loss, and their gradient for the rows of the table, for a training step.
 
@@ -153,6 +206,10 @@ def distance_softmax_and_rows(
       classes: integers `[S]`, the sampled classes. See `class_softmax_and_rows`.
       weight: a number that multiplies the loss and the rows. A factor on the returned loss does not reach the rows.
       block_size: classes that are taken at a time.
+      num_classes: C where the table has more rows. See `class_softmax`.
+      axis_name: axes of the batch. See `class_softmax`.
+      class_axis: axes of the rows of the table. See `class_softmax`.
+      mesh: the mesh of class_axis under `jax.jit`. See `class_softmax`.
 
     Returns:
       `(loss, rows)`. See `class_softmax_and_rows`.
@@ -172,7 +229,21 @@ def distance_softmax_and_rows(
     """
     check_number(center_weight, 'center_weight')
     form = distance_form(temperature, margin)
-    return _loss_and_rows(form, x, table, labels, where, classes, weight, center_weight, block_size)
+    return _loss_and_rows(
+        form,
+        x,
+        table,
+        labels,
+        classes,
+        weight,
+        center_weight,
+        block_size,
+        where=where,
+        num_classes=num_classes,
+        axis_name=axis_name,
+        class_axis=class_axis,
+        mesh=mesh,
+    )
 
 
 def _loss_and_rows(
@@ -180,54 +251,51 @@ def _loss_and_rows(
     x: Any,
     table: Any,
     labels: Any,
-    where: Any,
     classes: Any,
     weight: Any,
     center_weight: Any,
     block_size: Any,
+    **options: Any,
 ) -> tuple[Array, RowUpdates]:
     check_number(weight, 'weight')
-    x, table, index = check_arrays(x, table, labels, where, block_size)
-    if classes is None:
-        classes, rows = jnp.arange(table.shape[0], dtype=jnp.int32), table
-    else:
-        classes = check_classes(classes, table.shape[0])
-        rows = take_rows(table, jnp.clip(classes, 0, table.shape[0] - 1))
-        index = _place_in_sample(index, classes)
-    loss, gradient = _loss_and_gradient(x, rows, index, form, weight, center_weight, int(block_size))
-    return loss, RowUpdates(classes, gradient, kind='gradient')
+    x, table, index, num_classes, shards = check_arrays(x, table, labels, block_size, **options)
+    sampled = classes is not None
+    if sampled:
+        classes = check_classes(classes, table.shape[0], 1 if shards.mesh is None else shards.num_shards)
+        if shards.mesh is not None or not shards.class_axis:
+            _check_sample(index, classes)
+    batch = gather_batch(x, shards), gather_batch(index, shards)
+    rows, classes, indices = take_classes(table, classes, num_classes, shards)
+    static = {'block_size': int(block_size), 'shards': shards, 'sampled': sampled}
+    loss, gradient = _weighted_loss(*batch, rows, classes, form, weight, center_weight, **static)
+    return vary_as(loss, x, table), RowUpdates(indices, gradient, kind='gradient', sharding=shards.sharding)
 
 
-def _place_in_sample(index: Array, classes: Array) -> Array:
-    """Returns the place of each class among sorted classes: DROPPED where it is not there, IGNORED as it is.
-
-    A class that is not there is an error where all values are known.
-    """
-    place = jnp.clip(jnp.searchsorted(classes, index), 0, classes.size - 1).astype(jnp.int32)
-    place = jnp.where(is_row(index), jnp.where(classes[place] == index, place, DROPPED), index)
-    if is_concrete(place):
-        missing = np.asarray(jax.device_get(index))[np.asarray(jax.device_get(place)) == DROPPED]
+def _check_sample(index: Array, classes: Array) -> None:
+    """Raises an error where all values are known and a label is not among the classes."""
+    if is_concrete(index) and is_concrete(classes):
+        labels = np.asarray(jax.device_get(index))
+        missing = labels[(labels != IGNORED) & ~np.isin(labels, np.asarray(jax.device_get(classes)))]
         if missing.size:
             raise ValueError(
                 f'labels name class {missing[0]}, which is not among classes: sample them by sample_classes with these '
                 'labels'
             )
-    return place
 
 
-@partial(jax.jit, static_argnames='block_size')
-def _loss_and_gradient(
-    x: Array, rows: Array, index: Array, form: Any, weight: Any, center_weight: Any, block_size: int
+@partial(jax.jit, static_argnames=('block_size', 'shards', 'sampled'))
+def _weighted_loss(
+    x: Array, index: Array, rows: Array, classes: Array, form: Any, weight: Any, center_weight: Any, **static: Any
 ) -> tuple[Array, Array]:
     """Returns weight times the loss, with the center loss where it has a weight, and the gradient for the rows."""
     dtype = compute_dtype(x.dtype, rows.dtype)
     numbers = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), (form, weight, center_weight))
 
-    def weighted(rows, others, index):
-        x, (form, weight, center_weight) = others
-        loss = mean_loss(x, rows, index, form, block_size)
-        if center_weight is not None:
-            loss += center_weight * center_loss(x, rows, index)
-        return weight * loss
+    def weighted(rows, inputs, integers):
+        (x, (form, weight, center_weight)), (index, classes) = inputs, integers
+        return weight * mean_loss(x, index, rows, classes, form, center_weight, **static)
 
-    return loss_and_gradient(weighted, rows.astype(dtype), (x.astype(dtype), numbers), index)
+    # Else shard_map's check would sum the gradients of all devices, where each needs its own.
+    rows, *inputs = jax.tree.map(lambda a: vary_as(a, x, rows), (rows.astype(dtype), x.astype(dtype), numbers))
+    class_axis = () if static['shards'].mesh is not None else static['shards'].class_axis
+    return loss_and_gradient(weighted, class_axis, rows, inputs, (index, classes))

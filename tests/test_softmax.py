@@ -103,8 +103,9 @@ def test_losses_and_gradients_are_those_of_the_oracle(name, options, dtype, tole
 def test_the_log_sum_exp_in_blocks_equals_the_plain_one(num_rows):
     rng = np.random.default_rng(0)
     x, rows, own = rng.normal(size=(5, 3)), rng.normal(size=(num_rows, 3)), rng.integers(0, num_rows, 5)
+    padded, classes = np.append(rows, [[np.inf] * 3], axis=0), np.append(np.arange(num_rows), np.iinfo(np.int32).max)
     with jax.enable_x64(True):
-        arrays = jnp.asarray(x), jnp.asarray(rows), jnp.asarray(own)
+        arrays = jnp.asarray(x), jnp.asarray(padded), jnp.asarray(classes), jnp.asarray(own)
         got = _kernels.log_sum_exp_of_others(lambda x, rows: x @ rows.T, *arrays, block_size=4)
     others = np.where(np.arange(num_rows) == own[:, None], -np.inf, x @ rows.T)
     if num_rows == 1:

@@ -12,7 +12,7 @@ from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 import centerloss_jax as clj
-from tests.support.programs import AS_USERS, collective_sizes
+from tests.support.programs import AS_USERS, collective_sizes, collectives_in_loops
 from tests.support.steps import update
 
 
@@ -104,3 +104,64 @@ def test_an_optimizer_by_rows_moves_no_table_that_a_mesh_shards():
     assert 0 < max(collective_sizes(compiled)) <= 64 * 6
     memory: Any = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 3 * 100_000 * 6 * 4 // 8
+
+
+def step_over_classes(x, table, labels, state, key, transform, num_classes, num_sampled, axes=(), **layout):
+    classes = num_sampled and clj.sample_classes(key, labels, num_classes, num_sampled, **layout)
+
+    def loss_fn(x):
+        loss, rows = clj.margin_softmax_and_rows(x, table, labels, classes=classes, num_classes=num_classes, **layout)
+        return jax.lax.pmean(loss, axes) if axes else loss, rows
+
+    (loss, rows), gradient = jax.value_and_grad(loss_fn, has_aux=True)(x)
+    return *update(transform, rows, state, table), loss, gradient
+
+
+def by_class_shards(form, axis_type, class_axis, num_classes, num_sampled):
+    """Returns the compiled step of 64 examples of 6 features, batch over both axes or, under jit, over 'data'."""
+    both = ('data', 'classes')
+    mesh = jax.make_mesh((2, 4), both, axis_types=(axis_type,) * 2)
+    over_data = both if form == 'shard_map' else 'data'
+    layout: dict[str, Any] = {'class_axis': class_axis}
+    if form == 'shard_map' and class_axis == 'classes':
+        layout['axis_name'] = 'data'
+    transform: Any = clj.by_rows(optax.adam(0.1), **layout if form == 'shard_map' else {})
+    step: Any = partial(
+        step_over_classes, transform=transform, num_classes=num_classes, num_sampled=num_sampled, **layout
+    )
+    shape = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    table = jax.ShapeDtypeStruct((-(-num_classes // 8) * 8, 6), np.float32)
+    state = jax.eval_shape(clj.by_rows(optax.adam(0.1)).init, table)
+    of_state = jax.tree.map(lambda a: P(class_axis) if a.ndim else P(), state)
+    specs = P(over_data), P(class_axis), P(over_data), of_state, P()
+    if form == 'shard_map':
+        out = P(class_axis), of_state, P(), P(over_data)
+        step = jax.shard_map(partial(step, axes=both), mesh=mesh, in_specs=specs, out_specs=out)
+    x, labels = jax.ShapeDtypeStruct((64, 6), np.float32), jax.ShapeDtypeStruct((64,), np.int32)
+    arrays = x, table, labels, state, jax.eval_shape(jax.random.key, 0)
+    with jax.set_mesh(mesh):
+        shapes = jax.tree.map(shape, arrays, specs)
+        return jax.jit(step, donate_argnums=(1, 3)).lower(*shapes).compile(AS_USERS)
+
+
+FORMS = [
+    ('shard_map', AxisType.Auto, 'classes'),
+    ('jit', AxisType.Auto, 'classes'),
+    ('jit', AxisType.Auto, ('data', 'classes')),
+    ('jit', AxisType.Explicit, 'classes'),
+]
+
+
+@pytest.mark.parametrize('form', FORMS, ids=lambda form: f'{form[0]}, {form[1].name}, {form[2]}')
+def test_a_step_over_sharded_classes_moves_no_row(form: Any):
+    num_classes, num_sampled = 400_003, 4096
+    compiled = by_class_shards(*form, num_classes, num_sampled)
+    assert 0 < max(collective_sizes(compiled)) <= 64 * 6
+    assert not collectives_in_loops(compiled)
+    memory: Any = compiled.memory_analysis()
+    shard = -(-num_classes // 8) * 8 * 6 * 4 // (8 if form[2] != 'classes' else 4)
+    assert memory.alias_size_in_bytes >= 3 * shard
+    assert memory.temp_size_in_bytes < shard
+    if form[0] == 'shard_map':
+        over_all = by_class_shards(*form, 4099, None)
+        assert 0 < max(collective_sizes(over_all)) <= 64 * 6

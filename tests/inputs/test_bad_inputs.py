@@ -23,10 +23,16 @@ CENTER_ROWS = clj.center_rows(X, C, LABELS)
 NARROW, KEYS = np.ones((3, 2), jnp.float8_e4m3fn), jax.random.split(jax.random.key(0), 4)
 RAGGED: Any = [[0], [1, 2], [1], [2]]
 NONE: Any = None
+NO_SHARDING: Any = 'classes'
 CENTER: Any = 'center'
 TWO: Any = [ROWS, ROWS]
 MESH = jax.make_mesh((8,), ('classes',), axis_types=(AxisType.Auto,))
 BY_ROWS = NamedSharding(MESH, P('classes', None))
+
+
+C8, C16 = np.ones((8, 2), np.float32), np.ones((16, 2), np.float32)
+OVER: Any = {'class_axis': 'classes', 'mesh': MESH}
+SHARDED = clj.RowUpdates(jnp.arange(8), jnp.ones((8, 2)), kind='gradient', sharding=NamedSharding(MESH, P('classes')))
 
 
 def loss(x: Any = X, centers: Any = C, labels: Any = LABELS, function: Any = clj.center_loss, **options):
@@ -73,8 +79,8 @@ def softmax(function: Any, x: Any = X, table: Any = C, labels: Any = LABELS, **o
     return partial(function, x, table, labels, **options)
 
 
-def sample(labels: Any = LABELS, num_classes: Any = 9, num_sampled: Any = 5, key: Any = KEYS[0]):
-    return lambda: clj.sample_classes(key, labels, num_classes, num_sampled)
+def sample(labels: Any = LABELS, num_classes: Any = 9, num_sampled: Any = 5, key: Any = KEYS[0], **options):
+    return lambda: clj.sample_classes(key, labels, num_classes, num_sampled, **options)
 
 
 def add(indices: Any = (0, 1), values: Any = None, table: Any = C):
@@ -205,6 +211,38 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (softmax(clj.class_softmax, block_size=0), ValueError, r'block_size must be an integer of at least 1, got 0'),
         (softmax(clj.class_softmax, block_size=None), ValueError, r'block_size must be an integer.*None'),
     ],
+    'class_softmax over devices': [
+        (softmax(clj.class_softmax, mesh=MESH), ValueError, r'mesh goes with class_axis'),
+        (softmax(clj.class_softmax, mesh='m', class_axis='a'), TypeError, r"mesh must be a jax.sharding.Mesh.*'m'"),
+        (softmax(clj.class_softmax, class_axis='a', mesh=MESH), ValueError, r"class_axis=\('a',\) is not in the mesh"),
+        (softmax(clj.class_softmax, class_axis='a'), ValueError, r"class_axis=\('a',\) is not in the mesh.*set_mesh"),
+        (softmax(clj.class_softmax, class_axis=0), TypeError, r'class_axis must be the name of an axis.*got 0'),
+        (
+            softmax(clj.class_softmax, class_axis='classes', mesh=MESH),
+            ValueError,
+            r'table must have.*8 shards divide, got 3: shard_centers pads it',
+        ),
+        (
+            softmax(clj.class_softmax, axis_name='classes', class_axis='classes', mesh=MESH),
+            NameError,
+            r"axis_name='classes' is not the name of an axis here",
+        ),
+        (softmax(clj.class_softmax, num_classes=4), ValueError, r'num_classes must be at most 3.*got 4'),
+        (softmax(clj.class_softmax, num_classes=0), ValueError, r'num_classes must be an integer.*0'),
+        (softmax(clj.class_softmax, num_classes=2), ValueError, r'labels\[1\] is 2, but there are 2 classes'),
+    ],
+    'class_softmax_and_rows over devices': [
+        (
+            softmax(clj.class_softmax_and_rows, table=C8, classes=[0, 1, 2], class_axis='classes', mesh=MESH),
+            ValueError,
+            r'classes must have equally many for each of the 8 shards',
+        ),
+        (
+            softmax(clj.class_softmax_and_rows, table=C16, classes=range(8), class_axis='classes', mesh=MESH),
+            ValueError,
+            r'classes must have equally many.*sample_classes with class_axis=',
+        ),
+    ],
     'class_softmax_and_rows': [
         (softmax(clj.class_softmax_and_rows, weight='1'), TypeError, r"weight must be a number, got '1'"),
         (softmax(clj.class_softmax_and_rows, weight=X[:, 0]), TypeError, r'weight must be a number'),
@@ -256,6 +294,17 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (sample(key=None), TypeError, r'key must be a key of jax.random.*NoneType'),
         (sample(key=KEYS), TypeError, r'key must be a key of jax.random.*\[4\]'),
     ],
+    'sample_classes over devices': [
+        (
+            sample(num_classes=80, num_sampled=20, **OVER),
+            ValueError,
+            r'num_sampled.*from 32 to 80, a multiple of 8.*20',
+        ),
+        (sample(num_classes=80, num_sampled=24, **OVER), ValueError, r'num_sampled.*from 32 to 80.*on each device'),
+        (sample(class_axis='a', mesh=MESH), ValueError, r"class_axis=\('a',\) is not in the mesh"),
+        (sample(mesh=MESH), ValueError, r'mesh goes with class_axis'),
+        (sample(axis_name='a'), NameError, r"axis_name='a'"),
+    ],
     'center_update': [
         (move(alpha=None), TypeError, r'alpha must be a number.*None'),
         (move(alpha=1j), TypeError, r'alpha must be a number.*1j'),
@@ -288,6 +337,16 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (row_step(updates=CENTER_ROWS), TypeError, r"by_rows.*kind 'centers'.*center_update"),
         (row_step(updates={'a': GRADIENT}, params={'b': C}), ValueError, r"'b'"),
     ],
+    'by_rows over devices': [
+        (row_step(class_axis='a'), ValueError, r"class_axis='a' is no axis.*pass the rows of a softmax"),
+        (row_step(class_axis=0), TypeError, r'class_axis must be the name of an axis.*got 0'),
+        (
+            row_step(updates=SHARDED, params=C16, class_axis='a'),
+            ValueError,
+            r"class_axis is 'a', but the rows lie over",
+        ),
+        (row_step(updates=SHARDED), ValueError, r'the rows lie over 8 shards.*table, 3'),
+    ],
     'with_centers': [
         (model_step(classifier=0.1), TypeError, r'classifier must be an optax optimizer.*0\.1'),
         (model_step(classifier=clj.by_rows(optax.sgd(0.1))), ValueError, r'no centers and no classifier'),
@@ -311,6 +370,11 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (add(table=C[0]), ValueError, r'table must have shape.*\[2\]'),
         (partial(clj.RowUpdates, LABELS, X, kind=TWO), ValueError, r"kind must be 'centers'"),
         (partial(clj.RowUpdates, LABELS, X, kind=CENTER), ValueError, r"kind must be.*got 'center'"),
+    ],
+    'RowUpdates over devices': [
+        (lambda: C + SHARDED, ValueError, r'the rows lie over 8 shards of their table.*table, 3'),
+        (partial(clj.RowUpdates, LABELS, X, sharding=NO_SHARDING), TypeError, r'sharding must be a NamedSharding.*str'),
+        (partial(clj.concatenate_rows, SHARDED, GRADIENT), ValueError, r'got two layouts'),
     ],
     'concatenate_rows': [
         (clj.concatenate_rows, ValueError, r'concatenate_rows needs at least one'),
@@ -434,7 +498,8 @@ def test_every_public_name_is_in_the_table():
         'nnx': {'nnx.CenterLoss', 'nnx.Centers', 'nnx.SoftmaxLoss', 'nnx.Table'},
     }
     names = set[str]().union(*(functions.get(name, {name}) for name in clj.__all__))
-    assert set(BAD) == names - {'CenterUpdateState', 'ByRowsState'}  # NamedTuples, which take anything
+    in_table = {name.removesuffix(' over devices') for name in BAD}
+    assert in_table == names - {'CenterUpdateState', 'ByRowsState'}  # NamedTuples, which take anything
 
 
 @pytest.mark.parametrize(('call', 'error', 'message'), CASES)
