@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob('*.py') if path.stem != '__init
 
 
 def test_there_is_a_quickstart_for_each_way_to_train():
-    assert {'linen', 'linen_batchnorm', 'nnx', 'bare_jax', 'pmap', 'mesh'} <= set(NAMES)
+    assert {'linen', 'linen_batchnorm', 'nnx', 'bare_jax', 'pmap', 'mesh', 'classifier'} <= set(NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)

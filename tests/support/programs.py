@@ -11,7 +11,7 @@ import numpy as np
 
 MB = 1_000_000
 # The suite compiles by XLA's older emitters, which expand a scatter into a loop. Users do not.
-AS_USERS = {'xla_cpu_use_fusion_emitters': True}
+AS_USERS: dict[str, str | bool] = {'xla_cpu_use_fusion_emitters': True}
 SHAPE = re.compile(r'\w+\[([\d,]*)\]')
 COLLECTIVE = re.compile(
     r'= (\([^=]*?\)|\S+) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
