@@ -345,7 +345,7 @@ def mean_loss(
     counted, valid = index != IGNORED, is_row(index)
     x, rows = jnp.where(valid[:, None], x, 0).astype(dtype), rows.astype(dtype)
 
-    logits = partial(_logits, block_size=block_size, sampled=sampled, with_distance=center_weight is not None)
+    logits = partial(_own_and_others, block_size=block_size, sampled=sampled, with_distance=center_weight is not None)
     others, (own, distance, found) = combine_shards(logits, shards, x, rows, classes, index, form)
     valid &= found > 0
     loss = jax.nn.softplus(others - own)
@@ -359,7 +359,7 @@ def mean_loss(
     return jnp.sum(per_example) / jnp.where(count > 0, count, 1)
 
 
-def _logits(
+def _own_and_others(
     x: Array,
     rows: Array,
     classes: Array,
@@ -373,7 +373,7 @@ def _logits(
     """Returns `others`, and where the own class is among the rows `own`, the squared distance to its row, and a 1."""
     place = jnp.searchsorted(classes, index) if sampled else index - classes[0]
     place = jnp.clip(place, 0, classes.size - 1).astype(jnp.int32)
-    found = is_row(index) & (classes[place] == index)
+    found = is_row(index) & (take_rows(classes[:, None], place)[:, 0] == index)
     # A row of padding, which may hold Inf, is read as 0: its derivatives would be NaN.
     own_row = jnp.where(found[:, None], take_rows(rows, place), 0)
     own = jnp.where(found, form.own(x, own_row), 0)

@@ -153,7 +153,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize('form', FORMS, ids=lambda form: f'{form[0]}, {form[1].name}, {form[2]}')
-def test_a_step_over_sharded_classes_moves_no_row(form: Any):
+def test_a_step_over_sharded_classes_moves_no_row(form: tuple[str, Any, Any]):
     num_classes, num_sampled = 400_003, 4096
     compiled = by_class_shards(*form, num_classes, num_sampled)
     assert 0 < max(collective_sizes(compiled)) <= 64 * 6
