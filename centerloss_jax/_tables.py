@@ -56,7 +56,8 @@ def shard_centers(table: ArrayLike, sharding: NamedSharding, *, fill: float = np
       >>> table = clj.shard_centers(jnp.zeros((10, 2)), sharding)
       >>> table.shape[0] >= 10, clj.unshard_centers(table, num_classes=10).shape
       (True, (10, 2))
-      >>> clj.shard_centers(jnp.zeros(10, int), sharding, fill=0).shape == table.shape[:1]
+      >>> counts = clj.shard_centers(jnp.zeros(10, int), sharding, fill=0)
+      >>> counts.shape == table.shape[:1]
       True
     """
     if not isinstance(sharding, NamedSharding):
