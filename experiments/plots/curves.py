@@ -135,6 +135,7 @@ def draw_points(
             color, marker = STYLES[place % len(STYLES)][0], 'osD^v'[place % len(STYLES)]
             axes.errorbar(means, y, xerr=bars, color=color, linestyle='', marker=marker, capsize=2, label=name)
         axes.set_xlabel(label)
+        axes.locator_params(axis='x', nbins=4)  # labels such as -0.015 stay apart
         axes.grid(color='0.92', axis='x')
     grid[0, 0].set_yticks(range(len(rows)), rows)
     grid[0, 0].invert_yaxis()
