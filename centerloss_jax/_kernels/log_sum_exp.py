@@ -16,7 +16,7 @@ def log_sum_exp_of_others(
 ) -> Array:
     """Returns the log of the sum of exp(logit) over the rows that are not an example's own, `[B]`.
 
-    left_out = (classes == own[:, None]) | (classes == DROPPED)
+    left_out = (classes[None] == own[:, None]) | (classes[None] == DROPPED)
     return jax.nn.logsumexp(jnp.where(left_out, -jnp.inf, logits(x, rows)), axis=-1)
 
     Takes the rows in blocks and keeps `[B, block]`, never `[B, N]`. The checkpoint makes a derivative compute the
@@ -35,7 +35,7 @@ def log_sum_exp_of_others(
     def add_block(total, block):
         rows, classes = block
         rows = jnp.where((classes == DROPPED)[:, None], 0, rows)
-        left_out = (classes == own[:, None]) | (classes == DROPPED)
+        left_out = (classes[None] == own[:, None]) | (classes[None] == DROPPED)
         part = jax.nn.logsumexp(jnp.where(left_out, lowest, logits(x, rows)), axis=-1)
         return jnp.logaddexp(total, part), None
 
