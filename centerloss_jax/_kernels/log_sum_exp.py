@@ -35,7 +35,7 @@ def log_sum_exp_of_others(
     def add_block(total, block):
         rows, classes = block
         rows = jnp.where((classes == DROPPED)[:, None], 0, rows)
-        left_out = (classes == own[:, None]) | (classes == DROPPED)
+        left_out = (classes[None] == own[:, None]) | (classes == DROPPED)[None]
         part = jax.nn.logsumexp(jnp.where(left_out, lowest, logits(x, rows)), axis=-1)
         return jnp.logaddexp(total, part), None
 
