@@ -26,7 +26,16 @@ from centerloss_jax._inputs import (
     check_num_classes,
     is_mapped,
 )
-from centerloss_jax._sharding import first_row, gather_devices, num_row_shards, replicate, row_axes, take_rows, vary_as
+from centerloss_jax._sharding import (
+    first_row,
+    gather_devices,
+    num_row_shards,
+    on_auto_axes,
+    replicate,
+    row_axes,
+    take_rows,
+    vary_as,
+)
 
 
 class ClassShards(NamedTuple):
@@ -145,7 +154,9 @@ def combine_shards(logits: Callable, shards: ClassShards, x: Array, rows: Array,
     sums that are 0 unless its own class is among the rows.
     """
     if not shards.class_axis:
-        return logits(x, rows, classes, *batch)
+        leaves, treedef = jax.tree.flatten((x, rows, classes, *batch))
+        of_example = P(*jax.typeof(x).sharding.spec[:1])
+        return on_auto_axes(lambda *leaves: logits(*treedef.unflatten(leaves)), *leaves, spec=of_example)
 
     def combine(x: Array, rows: Array, classes: Array, *batch: Any) -> Any:
         # Marked here, so that a gradient is summed over devices once, and not in each turn of a loop.

@@ -430,3 +430,20 @@ def test_straight_through_has_the_derivative_for_the_scale():
 
     for_scale = [jax.grad(loss)(5.0, straight_through) for straight_through in (False, True)]
     np.testing.assert_allclose(*for_scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize('classes', [None, SAMPLE], ids=['all', 'sample'])
+def test_a_replicated_table_on_explicit_axes_gives_the_loss_of_one_device(classes):
+    x, table, labels, _ = make_problem(leading=(8,), num_classes=11, num_features=4, dtype=np.float32)
+    labels = SAMPLE[labels % len(SAMPLE)]
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Explicit,))
+    put = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))  # noqa: E731
+
+    def loss_fn(x, table, labels):
+        return clj.class_softmax_and_rows(x, table, labels, classes=classes, block_size=4)
+
+    expected = jax.value_and_grad(loss_fn, has_aux=True)(x, table, labels)
+    with jax.set_mesh(mesh):
+        arrays = put(x, P('data')), put(table, P()), put(labels, P('data'))
+        got = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(*arrays)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
