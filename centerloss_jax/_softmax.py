@@ -112,18 +112,7 @@ def class_softmax(
     References:
       Wen et al., ECCV 2016, Eq. 1, without its bias and as a mean.
     """
-    return _loss(
-        InnerProduct(),
-        x,
-        table,
-        labels,
-        block_size,
-        where=where,
-        num_classes=num_classes,
-        axis_name=axis_name,
-        class_axis=class_axis,
-        mesh=mesh,
-    )
+    return _loss(InnerProduct(), x, table, labels, where, block_size, num_classes, axis_name, class_axis, mesh)
 
 
 def margin_softmax(
@@ -193,18 +182,7 @@ def margin_softmax(
       pi is not in the paper; earlier code of insightface has it.
     """
     form = cosine_form(scale, angular_margin, additive_margin, straight_through)
-    return _loss(
-        form,
-        x,
-        table,
-        labels,
-        block_size,
-        where=where,
-        num_classes=num_classes,
-        axis_name=axis_name,
-        class_axis=class_axis,
-        mesh=mesh,
-    )
+    return _loss(form, x, table, labels, where, block_size, num_classes, axis_name, class_axis, mesh)
 
 
 def distance_softmax(
@@ -263,18 +241,8 @@ def distance_softmax(
       Wan, Zhong, Li and Chen, "Rethinking Feature Distribution for Loss Functions in Image Classification", CVPR 2018
       (L-GM).
     """
-    return _loss(
-        distance_form(temperature, margin),
-        x,
-        table,
-        labels,
-        block_size,
-        where=where,
-        num_classes=num_classes,
-        axis_name=axis_name,
-        class_axis=class_axis,
-        mesh=mesh,
-    )
+    form = distance_form(temperature, margin)
+    return _loss(form, x, table, labels, where, block_size, num_classes, axis_name, class_axis, mesh)
 
 
 def cosine_form(scale: Any, angular_margin: Any, additive_margin: Any, straight_through: bool) -> Cosine:
@@ -292,8 +260,8 @@ def distance_form(temperature: Any, margin: Any) -> SquaredDistance:
     return SquaredDistance(temperature, margin)
 
 
-def _loss(form: Any, x: Any, table: Any, labels: Any, block_size: Any, **options: Any) -> Array:
-    x, table, index, num_classes, shards = check_arrays(x, table, labels, block_size, **options)
+def _loss(form: Any, x: Any, table: Any, labels: Any, where: Any, block_size: Any, *layout: Any) -> Array:
+    x, table, index, num_classes, shards = check_arrays(x, table, labels, where, block_size, *layout)
     batch = gather_batch(x, shards), gather_batch(index, shards)
     rows, classes, _ = take_classes(table, None, num_classes, shards)
     loss = mean_loss(*batch, rows, classes, form, None, block_size=int(block_size), shards=shards, sampled=False)
@@ -304,9 +272,8 @@ def check_arrays(
     x: Any,
     table: Any,
     labels: Any,
-    block_size: Any,
-    *,
     where: Any,
+    block_size: Any,
     num_classes: Any,
     axis_name: Any,
     class_axis: Any,

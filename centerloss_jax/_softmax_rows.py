@@ -87,18 +87,18 @@ def class_softmax_and_rows(
     """
     return _loss_and_rows(
         InnerProduct(),
-        x,
-        table,
-        labels,
         classes,
         weight,
         None,
+        x,
+        table,
+        labels,
+        where,
         block_size,
-        where=where,
-        num_classes=num_classes,
-        axis_name=axis_name,
-        class_axis=class_axis,
-        mesh=mesh,
+        num_classes,
+        axis_name,
+        class_axis,
+        mesh,
     )
 
 
@@ -157,19 +157,7 @@ def margin_softmax_and_rows(
     """
     form = cosine_form(scale, angular_margin, additive_margin, straight_through)
     return _loss_and_rows(
-        form,
-        x,
-        table,
-        labels,
-        classes,
-        weight,
-        None,
-        block_size,
-        where=where,
-        num_classes=num_classes,
-        axis_name=axis_name,
-        class_axis=class_axis,
-        mesh=mesh,
+        form, classes, weight, None, x, table, labels, where, block_size, num_classes, axis_name, class_axis, mesh
     )
 
 
@@ -231,34 +219,35 @@ def distance_softmax_and_rows(
     form = distance_form(temperature, margin)
     return _loss_and_rows(
         form,
-        x,
-        table,
-        labels,
         classes,
         weight,
         center_weight,
+        x,
+        table,
+        labels,
+        where,
         block_size,
-        where=where,
-        num_classes=num_classes,
-        axis_name=axis_name,
-        class_axis=class_axis,
-        mesh=mesh,
+        num_classes,
+        axis_name,
+        class_axis,
+        mesh,
     )
 
 
 def _loss_and_rows(
     form: Any,
-    x: Any,
-    table: Any,
-    labels: Any,
     classes: Any,
     weight: Any,
     center_weight: Any,
+    x: Any,
+    table: Any,
+    labels: Any,
+    where: Any,
     block_size: Any,
-    **options: Any,
+    *layout: Any,
 ) -> tuple[Array, RowUpdates]:
     check_number(weight, 'weight')
-    x, table, index, num_classes, shards = check_arrays(x, table, labels, block_size, **options)
+    x, table, index, num_classes, shards = check_arrays(x, table, labels, where, block_size, *layout)
     sampled = classes is not None
     if sampled:
         classes = check_classes(classes, table.shape[0], 1 if shards.mesh is None else shards.num_shards)

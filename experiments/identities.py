@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from experiments.launch import cli
 from experiments.launch.atomic_files import write_table
 from experiments.launch.errors import FlagError
-from experiments.launch.flags import Folder, Resumable, check_run, check_weight
+from experiments.launch.flags import Folder, Resumable, check_run, check_weight, flag
 
 if TYPE_CHECKING:
     from experiments.launch.run_folder import Run
@@ -78,7 +78,7 @@ class Config(Resumable):
     def __post_init__(self):
         for name in ('losses', 'sample_shares', 'center_weights'):
             if not getattr(self, name):
-                raise FlagError(f'--{name.replace("_", "-")} must name one value or more')
+                raise FlagError(f'{flag(name)} must name one value or more')
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         self.check_at_least(1, 'steps', 'batch_size', 'feature_dim', 'seeds')
         self.check_at_least(2, 'num_classes', 'unseen')
@@ -86,7 +86,7 @@ class Config(Resumable):
             raise FlagError(f'--num-classes must be below 2**31, got {self.num_classes}')
         for name in ('noise', 'save_every'):
             if not getattr(self, name) >= 0:
-                raise FlagError(f'--{name.replace("_", "-")} must be 0 or more, got {getattr(self, name)}')
+                raise FlagError(f'{flag(name)} must be 0 or more, got {getattr(self, name)}')
         for weight in self.center_weights:
             check_weight(weight, '--center-weights')
         fewest = min(self.batch_size, self.num_classes)
