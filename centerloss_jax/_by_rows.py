@@ -130,9 +130,9 @@ def by_rows(
         tables, treedef = jax.tree.flatten(params)
         tables = [_widen(check_table(table, 'a table of by_rows')) for table in tables]
         inner_state = optimizer.init(treedef.unflatten(tables))
-        _check_row_by_row(optimizer, treedef, tables, inner_state)
-        leaves, state_def = jax.tree.flatten(inner_state)
         owners = _owners(optimizer, treedef, tables)
+        _check_row_by_row(optimizer, treedef, tables, inner_state, owners)
+        leaves, state_def = jax.tree.flatten(inner_state)
         leaves = [a if owner is None else lay_out_as(a, tables[owner]) for a, owner in zip(leaves, owners, strict=True)]
         return ByRowsState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), state_def.unflatten(leaves))
 
@@ -288,7 +288,13 @@ def _state_shapes(optimizer: optax.GradientTransformation, treedef: Any, tables:
     return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, treedef.unflatten(small)))]
 
 
-def _check_row_by_row(optimizer: optax.GradientTransformation, treedef: Any, tables: list[Array], state: Any) -> None:
+def _check_row_by_row(
+    optimizer: optax.GradientTransformation,
+    treedef: Any,
+    tables: list[Array],
+    state: Any,
+    owners: list[int | None],
+) -> None:
     """Raises an error if the optimizer accumulates, or if the step of a row depends on other rows of the step."""
     accumulator = optax.MultiStepsState, optax.ApplyEvery
     if any(
@@ -299,7 +305,6 @@ def _check_row_by_row(optimizer: optax.GradientTransformation, treedef: Any, tab
             'alone: leave out optax.MultiSteps and optax.apply_every, and join the rows of several passes by '
             'concatenate_rows'
         )
-    owners = _owners(optimizer, treedef, tables)
     small_shapes = _state_shapes(optimizer, treedef, tables)
     shapes = [
         shape if owner is None else (tables[owner].shape[0], *shape[1:])
