@@ -154,9 +154,9 @@ def format_value(value: Any, measure: str = '', *, difference: bool = False) -> 
         if measure.endswith('accuracy'):
             return f'{100 * value.mean:.2f} ± {100 * value.half_width:.2f} {unit}'
         half = value.half_width
-        # Digits below those of the interval say nothing.
+        # Digits below those of the interval say nothing. Adding 0 makes a 0 of -0.
         mean = round(value.mean, 1 - math.floor(math.log10(half))) if 0 < half < math.inf else value.mean
-        return f'{mean:.4g} ± {half:.2g}'
+        return f'{mean + 0.0:.4g} ± {half:.2g}'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if measure.endswith('accuracy'):
