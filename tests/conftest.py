@@ -1,5 +1,6 @@
 """Eight CPU devices, a worked example, and a fixture that runs a function on several devices."""
 
+import gc
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,10 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # The tests run each program a few times: LLVM's optimizations would cost more than they save. tests/compiled has them.
 jax.config.update('jax_disable_most_optimizations', True)
+
+# Tracing makes many objects, and each full collection would visit those of all imported packages: a tenth of the time.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 # Few examples, since a new shape is a compilation. Derandomized, so that everybody sees the same failure. `.ci/nightly`
 # takes the other profile.
