@@ -11,8 +11,12 @@ OURS = 'centerloss_jax'
 
 
 def timing_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """Shows milliseconds of a step, half their interquartile range, and their ratio to our arm and to the copy."""
-    names = 'ms', '±', 'x ours', 'x copy', 'MB'
+    """Shows milliseconds of a step, half their interquartile range, and their ratio to our arm and to the copy.
+
+    Without a ratio to the copy in any row, its column is left out.
+    """
+    with_copy = any(row['times_copy'] is not None for row in rows)
+    names = 'ms', '±', 'x ours', *(['x copy'] if with_copy else []), 'MB'
     table = Table(
         'B', 'C', Column('arm', no_wrap=True), *(Column(name, justify='right') for name in names), title=title
     )
@@ -21,8 +25,8 @@ def timing_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) ->
         spread = f'{(row["high_seconds"] - row["low_seconds"]) / 2 / row["step_seconds"]:.0%}'
         temporary = '' if row['temporary_bytes'] is None else f'{row["temporary_bytes"] / 1e6:.1f}'
         ratio = row['step_seconds'] / our_seconds[_cell(row)]
-        copies = '' if row['times_copy'] is None else f'{row["times_copy"]:.1f}'
-        numbers = f'{row["step_seconds"] * 1e3:.2f}', spread, f'{ratio:.2f}', copies, temporary
+        copies = [f'{row["times_copy"]:.1f}'] if with_copy else []
+        numbers = f'{row["step_seconds"] * 1e3:.2f}', spread, f'{ratio:.2f}', *copies, temporary
         table.add_row(str(row['batch_size']), f'{row["num_classes"]:.0e}', row['arm'], *numbers)
     ratios = _torch_ratios(rows)
     if ratios:

@@ -1,6 +1,7 @@
 """The benchmark measures what it says: every arm makes the step of the oracle, and every number is in the table."""
 
 import csv
+import io
 from functools import partial
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from experiments import benchmark
 from experiments.bench import ours, ours_classifier, pytorch, pytorch_classifier, timing, turns
 from experiments.bench.problem import RATE, Problem
+from experiments.bench.tables import timing_table
 from experiments.launch.errors import FlagError
 from experiments.launch.mesh import choose
 
@@ -107,6 +110,19 @@ def test_a_classifier_is_measured_over_all_classes_and_over_a_sample(tmp_path, c
     assert ours_by_step == {'softmax', 'softmax over a share of 0.9'}
     assert all(float(row['step_seconds']) > 0 and float(row['temporary_bytes']) > 0 for row in rows)
     assert 'softmax over a share of 0.9' in capsys.readouterr().out
+
+
+def test_times_of_the_classifier_fit_a_terminal():
+    problem = {'batch_size': 1024, 'num_classes': 1_000_000, 'feature_dim': 128}
+    seconds = {'low_seconds': 1.2, 'step_seconds': 1.2345, 'high_seconds': 1.3}
+    arms = 'centerloss_jax', *pytorch_classifier.SAMPLED_FORMS
+    rows = [{'arm': arm, **problem, **seconds, 'times_copy': None, 'temporary_bytes': 2**31} for arm in arms]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(timing_table(rows, 'softmax'))
+    shown = console.export_text()
+    assert all(arm in shown for arm in arms)
+    assert shown.count('1234.50') == len(arms)
+    assert 'x copy' not in shown
 
 
 @pytest.mark.parametrize(('slow', 'expected'), [(60.0, turns.TURNS), (0.0, 1)])
