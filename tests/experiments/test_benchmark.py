@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from experiments import benchmark
 from experiments.bench import ours, ours_classifier, pytorch, pytorch_classifier, timing, turns
-from experiments.bench.problem import RATE, Problem
+from experiments.bench.problem import RATE, Implementation, Problem
 from experiments.bench.tables import timing_table
 from experiments.launch.errors import FlagError
 from experiments.launch.mesh import choose
@@ -125,6 +126,12 @@ def test_times_of_the_classifier_fit_a_terminal():
     assert 'x copy' not in shown
 
 
+def idle(problem):
+    """Returns an arm whose steps compute nothing."""
+    del problem
+    return Implementation(None for _ in itertools.count())
+
+
 @pytest.mark.parametrize(('slow', 'expected'), [(60.0, turns.TURNS), (0.0, 1)])
 def test_arms_take_turns_but_for_slow_ones(slow, expected, monkeypatch):
     monkeypatch.setattr(turns, 'SLOW', slow)
@@ -132,7 +139,7 @@ def test_arms_take_turns_but_for_slow_ones(slow, expected, monkeypatch):
 
     def arm(problem):
         made.append(problem)
-        return ours.one_device(problem)
+        return idle(problem)
 
     rows = turns.measure_problem({'ours': arm, 'does not fit': lambda problem: None}, PROBLEM, 1, lambda name: None)
     assert [row['arm'] for row in rows] == ['ours']
@@ -155,9 +162,9 @@ def test_an_arm_without_memory_is_skipped_and_named(error):
     def greedy(problem):
         if len(reported) > 3:  # in the last turn
             raise error
-        return ours.one_device(problem)
+        return idle(problem)
 
-    arms = {'greedy': greedy, 'ours': ours.one_device}
+    arms = {'greedy': greedy, 'ours': idle}
     rows = turns.measure_problem(arms, PROBLEM, 1, lambda *words: reported.append(words))
     assert [row['arm'] for row in rows] == ['ours']
     assert ('greedy', 'out of memory') in reported
