@@ -109,7 +109,7 @@ class Run:
 
     def finished(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
         """Returns whether a run with these settings exists whose page and files of these names are complete."""
-        if not self.resumed or not self.config().items() >= plain(settings).items():
+        if not self.resumed or not (ADDED | self.config()).items() >= plain(settings).items():
             return False
         return all(is_whole(self.out / name) for name in (PAGES[-1], *names))
 
@@ -154,7 +154,7 @@ class Run:
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises RunError if a setting differs from that of the resumed run."""
-        saved = self.config()
+        saved = ADDED | self.config()
         for name, value in plain(settings).items():
             if name in saved and saved[name] != value:
                 raise RunError(
@@ -194,9 +194,8 @@ class Run:
         return [{key: _number(value) for key, value in row.items()} for row in _table(self.out / METRICS)]
 
     def config(self) -> dict[str, Any]:
-        """Returns the settings of the run, those that its version did not have included."""
-        config = read_config(self.out)
-        return config | {name: value for name, value in ADDED.items() if name not in config}
+        """Returns the settings of the run."""
+        return read_config(self.out)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if processes.is_main_process():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.launch.run_folder import ADDED, CONFIG, DATA, Run, read_json
+from experiments.launch.errors import RunError
+from experiments.launch.run_folder import CONFIG, DATA, Run, read_json
 
 SETTINGS = {'model': 'small', 'feature_dim': 2, 'dataset': 'digits'}
 
@@ -16,12 +17,13 @@ def start(out: Path, identity: dict[str, str], *, overwrite: bool = False) -> No
     run.start(SETTINGS, identity)
 
 
-def test_a_setting_that_an_earlier_version_lacks_comes_after_its_own_settings(tmp_path):
+def test_a_setting_that_an_earlier_version_lacks_is_compared_and_is_no_setting_of_other_runs(tmp_path):
     start(tmp_path, {})
     run = Run(tmp_path, overwrite=False, resume=True)
-    assert [*run.config()] == [*SETTINGS, *ADDED]
-    run.start({**SETTINGS, 'images_per_class': 8, 'seed': 0}, {})
-    assert [*run.config()] == [*SETTINGS, 'images_per_class', 'seed']
+    assert run.config() == SETTINGS
+    run.check({**SETTINGS, 'images_per_class': 0})
+    with pytest.raises(RunError, match='images-per-class is 8'):
+        run.check({'images_per_class': 8})
 
 
 @pytest.mark.parametrize('before', [False, True], ids=['new', 'overwritten'])
