@@ -1,4 +1,4 @@
-"""Programs are read as users compile them. The coverage of the library is measured by its own tests alone."""
+"""The coverage of the library is measured by its own tests alone."""
 
 import os
 
@@ -7,8 +7,9 @@ import pytest
 from coverage import Coverage
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _all_optimizations():
+@pytest.fixture
+def all_optimizations():
+    """Compiles as users do, for long runs and for tests that read a compiled program."""
     jax.config.update('jax_disable_most_optimizations', False)
     yield
     jax.config.update('jax_disable_most_optimizations', True)

@@ -18,6 +18,8 @@ from experiments.launch.errors import FlagError
 from experiments.launch.mesh import over_mesh
 from tests.support.programs import AS_USERS, collective_sizes, memory, shapes
 
+pytestmark = pytest.mark.usefixtures('all_optimizations')
+
 B, D, C = 4096, 64, 1_000_000
 
 

@@ -53,6 +53,7 @@ def test_each_recipe_is_short_and_has_claims():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('all_optimizations')
 @pytest.mark.parametrize('name', CLAIMS)
 def test_a_recipe_does_what_it_claims(name, capsys):
     runpy.run_module(f'experiments.recipes.{name}', run_name='__main__')

@@ -252,6 +252,7 @@ def test_any_feature_dimension_is_trained_and_drawn(tmp_path, data_dir, feature_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('all_optimizations')
 def test_the_defaults_reach_what_readme_says_on_the_digits(tmp_path, data_dir):
     results = []
     for seed in range(3):

@@ -173,6 +173,7 @@ def test_a_folder_of_identities_is_verified(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('all_optimizations')
 def test_the_defaults_find_what_readme_says_on_the_digits(tmp_path):
     out = tmp_path / 'run'
     verification.main(dataclasses.replace(verification.Config(), out=out, parallel='none'))
