@@ -61,6 +61,11 @@ class TestModule:
         with pytest.raises(NameError, match=r"axis_name='btach'"):
             center.apply(variables, self.x, self.labels, axis_name='btach')
 
+    @pytest.mark.parametrize('module', [clj.linen.CenterLoss(3), clj.linen.SoftmaxLoss(3)], ids=['center', 'softmax'])
+    def test_features_of_sequences_give_the_number_of_features(self, module):
+        variables = module.init(jax.random.key(0), self.x.reshape(1, 4, 2), self.labels.reshape(1, 4))
+        assert [table.shape for table in jax.tree.leaves(variables)] == [(3, 2)]
+
     def test_centers_start_at_zero_in_float32(self):
         variables = clj.linen.CenterLoss(7).init(jax.random.key(0), self.x, self.labels)
         np.testing.assert_array_equal(variables['centers']['centers'], np.zeros((7, 2)))

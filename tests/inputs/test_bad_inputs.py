@@ -222,6 +222,7 @@ BAD: dict[str, list[tuple[Any, type[Exception], str]]] = {
             ValueError,
             r'table must have.*8 shards divide, got 3: shard_centers pads it',
         ),
+        (softmax(clj.class_softmax, axis_name=0), TypeError, r'axis_name must be the name of an axis.*0'),
         (
             softmax(clj.class_softmax, axis_name='classes', class_axis='classes', mesh=MESH),
             NameError,
