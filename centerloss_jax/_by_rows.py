@@ -84,7 +84,7 @@ def by_rows(
 
     A row is dropped if it holds a NaN or an Inf or if its squared norm overflows. A table below float32 is moved by the
     optimizer in float32 and rounded once; its state is float32, unless an argument such as `mu_dtype` says otherwise.
-    Under `jax.jit` too, `init` lays the state of a sharded table out as the table.
+    `init` lays the state of a sharded table out as the table, also under `jax.jit`.
 
     Args:
       optimizer: optax optimizer that needs the gradients, its state and the parameters alone. Schedules, masks and

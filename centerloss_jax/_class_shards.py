@@ -1,7 +1,7 @@
-"""Softmax over classes whose table lies over devices by rows: device k has rows k R to (k + 1) R.
+"""Softmax over classes whose table lies over devices by rows: device k has the R rows from row k R on.
 
 Features and labels of all devices are gathered. Each device computes the logits of its own rows for all examples. A
-maximum and two sums of `[B]` numbers then make one softmax of them. No row of the table, its gradient or its optimizer
+maximum and a few sums of `[B]` numbers combine them to one softmax. No row of the table, its gradient or its optimizer
 state moves.
 
 In `jax.shard_map` and `jax.pmap` the table, the sample and its indices are those of one device. Under `jax.jit` they
@@ -53,7 +53,7 @@ class ClassShards(NamedTuple):
 
 
 def find_shards(axis_name: Any, class_axis: Any, mesh: Any, table: Array | None = None) -> ClassShards:
-    """Checks the arguments and returns the layout. On Explicit axes that of the table serves where none is given."""
+    """Checks the arguments and returns the layout. On Explicit axes the default is the layout of the table."""
     check_axis_name(axis_name)
     check_mesh(mesh)
     axis_name, class_axis = axis_names(axis_name, 'axis_name'), axis_names(class_axis, 'class_axis')

@@ -50,8 +50,8 @@ def sample_classes(
       labels: integers of any shape and dtype. Negative labels name no class, and inside `jax.jit` labels of C or more
         name none either.
       num_classes: number of classes C.
-      num_sampled: number of classes S in the sample: at least the smaller of C and the number of labels, at most C.
-        Over devices the share of each must hold the labels of all devices or all rows of one.
+      num_sampled: number of classes S in the sample: at least the smaller of C and the number of labels. Over k
+        devices the share S / k must be at least the smaller of the labels of all devices and the rows of one.
       axis_name: other axes of the surrounding `jax.shard_map` or `jax.pmap` that the batch lies over.
       class_axis: the axes that the rows of the table lie over, as `shard_centers` lays them out. See `class_softmax`.
       mesh: the mesh of class_axis under `jax.jit`, by default that of `jax.set_mesh`.
@@ -62,7 +62,7 @@ def sample_classes(
 
     Raises:
       TypeError: if key is not one key, or labels are not integers.
-      ValueError: if num_sampled could not hold the classes of every batch, is more than C, or is not divided by the
+      ValueError: if num_sampled could not hold the classes of every batch, is too large, or is not divided by the
         devices of class_axis; if a label whose value is known is C or more; if class_axis is not in the mesh.
       NameError: if axis_name is not an axis that surrounds the call.
 

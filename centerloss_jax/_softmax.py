@@ -80,16 +80,16 @@ def class_softmax(
         `jax.jit` the loss is NaN, and the gradient of that example is 0.
       where: bool, labels.shape; False ignores an example.
       block_size: classes that are taken at a time.
-      num_classes: C where the table has more rows, as `shard_centers` pads it. The rows behind get no logit, whatever
-        they hold. By default all rows are classes.
+      num_classes: C where the table has more rows, as `shard_centers` pads it. The rows from C on get no logit,
+        whatever they hold. By default all rows are classes.
       axis_name: axes of the surrounding `jax.pmap` or `jax.shard_map` that the batch lies over. Then `jax.lax.pmean` of
         the result over these and class_axis is the loss of the whole batch. Take it inside the function that is
         differentiated, as with `center_loss`. Without class_axis each device has the whole table.
-      class_axis: the axis, or a tuple of axes, that the rows of the table lie over: device k has row k R to row
-        (k + 1) R. In `jax.pmap` and `jax.shard_map` the table is this device's part, and labels are classes of the
-        whole one. JAX differentiates the sum of the losses of all devices in `jax.pmap` and where `jax.shard_map` does
-        not check: divide a gradient for the table by their number on class_axis. Under `jax.jit` it names axes of a
-        mesh, and the table is the whole array. On Explicit axes it is read from the type of the table.
+      class_axis: the axis, or a tuple of axes, that the rows of the table lie over: device k has the R rows from row k
+        R on. In `jax.pmap` and `jax.shard_map` the table is this device's part, and labels are classes of the whole
+        one. In `jax.pmap`, and in `jax.shard_map` with check_vma=False, JAX differentiates the sum of the losses of all
+        devices: divide a gradient for the table by the size of class_axis. Under `jax.jit` it names axes of a mesh, and
+        the table is the whole array. On Explicit axes it is read from the type of the table.
       mesh: the mesh of class_axis under `jax.jit`, by default that of `jax.set_mesh`.
 
     Returns:
@@ -205,7 +205,7 @@ def distance_softmax(
     example's class is :math:`(1 + m)` times it.
 
     The distance to the example's own row is the sum of the squared differences. The others are expanded to a matrix
-    product, after the mean of the batch is subtracted from features and rows: they are exact relative to the largest
+    product, after the mean of the batch is subtracted from features and rows: their error is relative to the largest
     squared distance of an example or a row from that mean.
 
     Args:

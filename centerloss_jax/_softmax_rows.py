@@ -45,8 +45,8 @@ def class_softmax_and_rows(
 
     The rows carry no gradient, so a factor on the returned loss does not reach them. Pass it as `weight`.
 
-    With `class_axis` the rows stay on the devices that hold them in the table, and `by_rows` moves them there. Their
-    gradient is that of the loss of the whole batch, in all forms.
+    With `class_axis` the rows stay on the devices that hold them in the table, and `by_rows` moves them there. They are
+    gradients of the loss of the whole batch in `jax.jit`, `jax.pmap` and `jax.shard_map`.
 
     Args:
       x: features `[..., D]`, floating point. See `class_softmax`.
@@ -143,7 +143,7 @@ def margin_softmax_and_rows(
       `(loss, rows)`. See `class_softmax_and_rows`.
 
     Raises:
-      TypeError: for a wrong dtype, or if a number is none. See `margin_softmax`.
+      TypeError: for a wrong dtype, or if an argument is not a number. See `margin_softmax`.
       ValueError: for a wrong shape, label, class or number. See `margin_softmax` and `class_softmax_and_rows`.
 
     Example:
@@ -203,7 +203,7 @@ def distance_softmax_and_rows(
       `(loss, rows)`. See `class_softmax_and_rows`.
 
     Raises:
-      TypeError: for a wrong dtype, or if a number is none. See `distance_softmax`.
+      TypeError: for a wrong dtype, or if an argument is not a number. See `distance_softmax`.
       ValueError: for a wrong shape, label, class or number. See `distance_softmax` and `class_softmax_and_rows`.
 
     Example:
