@@ -207,7 +207,7 @@ def _loss_and_rows(
     count = jnp.where(count > 0, count, 1)
 
     if reduce_fn is jnp.mean and weights is None:
-        # Equals the general form below, but loss, gradient and rows share one [..., D] array.
+        # The default. It equals the general form below, but loss, gradient and rows share one [..., D] array.
         loss, gradient = mean_square(x, own_center, counted, valid, count)
         return loss, _as_rows(index, gradient, -count / 2)
 
