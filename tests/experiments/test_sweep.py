@@ -107,6 +107,7 @@ def test_a_sweep_on_a_mesh_has_the_cells_of_one_on_cores(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('all_optimizations')  # as its processes
 def test_workers_train_on_the_data_of_the_sweep_though_an_image_is_added(tmp_path):
     source, folder = tmp_path / 'images', tmp_path / 'cells'
     folder.mkdir()

@@ -77,6 +77,7 @@ def wait_for(path: Path, found: int, seconds: float = 180) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('all_optimizations')  # as its processes
 def test_a_run_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
     # The rows of the centers lie over both processes, and 10 are none that 4 devices divide.
     together, alone = tmp_path / 'together', tmp_path / 'alone'
