@@ -24,6 +24,8 @@ def test_a_setting_that_an_earlier_version_lacks_is_compared_and_is_no_setting_o
     run.check({**SETTINGS, 'images_per_class': 0})
     with pytest.raises(RunError, match='images-per-class is 8'):
         run.check({'images_per_class': 8})
+    run.start({**SETTINGS, 'images_per_class': 8, 'seed': 0}, {})
+    assert [*run.config()] == [*SETTINGS, 'images_per_class', 'seed']
 
 
 @pytest.mark.parametrize('before', [False, True], ids=['new', 'overwritten'])
