@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.core import meta
 from jax import Array, export
@@ -311,21 +312,29 @@ def _check_row_by_row(
         for owner, shape in zip(owners, small_shapes, strict=True)
     ]
 
-    def first_rows(second: float) -> list[Array]:
-        """Returns the update and the state of a first row of ones, and the state that all rows share."""
-        two_rows = treedef.unflatten(jnp.ones((2, table.shape[1]), table.dtype).at[1].set(second) for table in tables)
+    @jax.jit
+    def first_rows(two_rows: Any) -> list[Array]:
+        """Returns the first row's update and state, and the state that all rows share."""
         updates, new_state = optimizer.update(two_rows, optimizer.init(two_rows), two_rows)
         leaves = zip(jax.tree.leaves(new_state), owners, strict=True)
         return [a[0] for a in jax.tree.leaves(updates)] + [a if owner is None else a[0] for a, owner in leaves]
 
+    @jax.jit
+    def same(first: list[Array], other: list[Array]) -> list[Array]:
+        return [jnp.all((a == b) | (a != a) & (b != b)) for a, b in zip(first, other, strict=True)]
+
     by_row = shapes == [leaf.shape for leaf in jax.tree.leaves(state)]
     if by_row:
+        # Ones, and a second row that must not matter. One program makes all three, so that their bits can be compared.
+        trials = [
+            treedef.unflatten(np.full((2, table.shape[1]), [[1], [second]], table.dtype) for table in tables)
+            for second in (1, np.nan, 1000)
+        ]
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-            expected = first_rows(1.0)
-            pairs = [pair for second in (jnp.nan, 1000.0) for pair in zip(expected, first_rows(second), strict=True)]
-            same = [jnp.all((a == b) | (a != a) & (b != b)) for a, b in pairs]
+            first, *others = map(first_rows, trials)
+            found = [known for other in others for known in same(first, other)]
         # Under a traced learning rate nothing is known.
-        by_row = all(isinstance(known, Tracer) or known for known in same)
+        by_row = all(isinstance(known, Tracer) or known for known in found)
     if not by_row:
         raise ValueError(
             'the optimizer of by_rows gets the rows of a step alone, so it must treat each row by itself, but this one '
