@@ -33,8 +33,10 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 # The tests run each program a few times: LLVM's optimizations would cost more than they save. tests/compiled has them.
 jax.config.update('jax_disable_most_optimizations', True)
 
-# Tracing makes many objects, and each full collection would visit those of all imported packages: a tenth of the time.
-gc.freeze()
+# Nor do they read where an operation comes from, which JAX would write into each program.
+jax.config.update('jax_traceback_in_locations_limit', 0)
+
+# Tracing makes many objects, and each full collection would visit all of them: a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
 
 # Few examples, since a new shape is a compilation. Derandomized, so that everybody sees the same failure. `.ci/nightly`
@@ -42,6 +44,12 @@ gc.set_threshold(200_000, 20, 100)
 hypothesis.settings.register_profile('suite', max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.register_profile('nightly', max_examples=1000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile('suite')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _freeze():
+    """Keeps what earlier modules have made out of later collections."""
+    gc.freeze()
 
 
 class WorkedExample(NamedTuple):
