@@ -1,10 +1,14 @@
-"""The coverage of the library is measured by its own tests alone."""
+"""A finished run for many tests. The coverage of the library is measured by its own tests alone."""
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
 from coverage import Coverage
+
+from experiments import toy2d
+from tests.support import tiny
 
 
 @pytest.fixture
@@ -28,3 +32,11 @@ def _no_coverage():
         coverage.stop()
         yield
         coverage.start()
+
+
+@pytest.fixture(scope='session')
+def whole(tmp_path_factory) -> Path:
+    """A run of two epochs of the digits that nothing disturbed. A test that changes it takes a copy."""
+    out = tmp_path_factory.mktemp('whole') / 'a run'
+    assert tiny.run(toy2d, *tiny.QUICK, '--epochs', 2, '--out', out) == 0
+    return out

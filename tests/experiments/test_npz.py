@@ -12,8 +12,7 @@ import pytest
 from experiments import predict, sweep, toy2d, verification
 from experiments.data.load import load
 from tests.support import tiny
-
-QUICK = ('--parallel', 'none', '--batch-size', 500)
+from tests.support.tiny import QUICK
 
 run = partial(tiny.run, toy2d)
 
@@ -44,6 +43,7 @@ def predicted(out: Path, *flags: object) -> list[dict[str, str]]:
         return list(csv.DictReader(table))
 
 
+@pytest.mark.slow
 def test_an_mlp_learns_the_rows_and_predict_standardizes_as_the_run_did(trained, file, tmp_path):
     summary = json.loads((trained / 'summary.json').read_text())['center']
     assert summary['nearest_center_accuracy'] > 0.5
@@ -61,6 +61,7 @@ def test_an_mlp_learns_the_rows_and_predict_standardizes_as_the_run_did(trained,
         np.testing.assert_allclose(float(row['distance']), float(same['distance']), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_moved_file_resumes_the_run_and_other_arrays_are_one_line(trained, file, tmp_path, capsys):
     out, moved = tmp_path / 'run', tmp_path / 'moved.npz'
     shutil.copytree(trained, out)
@@ -78,6 +79,7 @@ def test_a_moved_file_resumes_the_run_and_other_arrays_are_one_line(trained, fil
     assert '--resume: x is float64[1438, 64] with checksum' in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('images', 'named'),
     [

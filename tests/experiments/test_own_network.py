@@ -16,9 +16,9 @@ from experiments.train.checkpoint import saved_state
 from experiments.train.model import Classifier
 from experiments.train.step import create_state, train_step
 from tests.support import networks, tiny
+from tests.support.tiny import QUICK
 
 MODEL = 'tests.support.networks:Normalized'
-QUICK = ('--parallel', 'none', '--batch-size', 500)
 
 run = partial(tiny.run, toy2d)
 
@@ -50,6 +50,7 @@ def test_running_statistics_and_dropout_are_resumed_bit_for_bit(trained, tmp_pat
     assert (tmp_path / 'run' / 'features.png').read_bytes() == (trained / 'features.png').read_bytes()
 
 
+@pytest.mark.slow
 def test_predict_uses_the_running_statistics(trained, tmp_path):
     flags = ('--images', 'digits:test', '--run', trained, '--model', MODEL)
     assert tiny.run(predict, *flags, '--out', tmp_path) == 0
@@ -61,9 +62,9 @@ def test_predict_uses_the_running_statistics(trained, tmp_path):
 
 
 @pytest.mark.parametrize('given', [(), ('--model', 'small'), ('--model', 'tests.support.networks:Wide')])
-def test_no_run_makes_a_module_be_imported(trained, tmp_path, capsys, monkeypatch, given):
+def test_no_run_makes_a_module_be_imported(whole, tmp_path, capsys, monkeypatch, given):
     out = tmp_path / 'run'
-    shutil.copytree(trained, out)
+    shutil.copytree(whole, out)
     (tmp_path / 'named_by_a_run.py').write_text(f'open({str(tmp_path / "imported")!r}, "w").close()')
     monkeypatch.syspath_prepend(tmp_path)
     config = json.loads((out / 'config.json').read_text())

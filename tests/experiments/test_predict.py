@@ -1,7 +1,6 @@
 """Images labelled by a trained run: what is written, what is unknown, and what it says to what it cannot read."""
 
 import csv
-import dataclasses
 import json
 import shutil
 from functools import partial
@@ -20,10 +19,8 @@ from tests.support import tiny
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp('trained') / 'a run'
-    toy2d.main(dataclasses.replace(toy2d.Config(), out=out, epochs=6, batch_size=50, parallel='none'))
-    return out
+def trained(whole, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(whole, tmp_path_factory.mktemp('trained') / 'a run'))
 
 
 run = partial(tiny.run, predict)
@@ -117,6 +114,7 @@ def test_embeddings_are_read_without_pickle_and_replaced_only_if_they_may_be(tra
     assert run(*flags, file, '--overwrite') == 0
 
 
+@pytest.mark.slow
 def test_a_mesh_labels_as_one_device_does(trained, tmp_path):
     flags = '--images', 'digits:test', '--run', trained
     assert run(*flags, '--out', tmp_path / 'one', '--parallel', 'none') == 0
@@ -126,7 +124,10 @@ def test_a_mesh_labels_as_one_device_does(trained, tmp_path):
         np.testing.assert_allclose(float(row['distance']), float(expected['distance']), rtol=1e-4)
 
 
-def test_an_image_that_is_no_digit_is_unknown(trained, tmp_path):
+@pytest.mark.slow
+def test_an_image_that_is_no_digit_is_unknown(tmp_path):
+    trained = tmp_path / 'run'
+    assert tiny.run(toy2d, '--epochs', 6, '--batch-size', 50, '--parallel', 'none', '--out', trained) == 0
     (tmp_path / 'images').mkdir()
     for name, pixels in (('white', np.full((30, 40, 3), 255)), ('chequered', np.indices((8, 8)).sum(0) % 2 * 255)):
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'images' / f'{name}.png')

@@ -14,6 +14,9 @@ from experiments.data.load import Dataset, load
 from experiments.data.splits import LazySplit, Split
 from experiments.launch import cli
 
+# Flags of a run of few steps.
+QUICK = ('--parallel', 'none', '--batch-size', 500)
+
 # Columns of metrics.csv.
 COLUMNS = {
     *('epoch', 'arm', 'softmax_loss', 'center_loss', 'train_accuracy', 'test_accuracy'),

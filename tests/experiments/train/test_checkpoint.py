@@ -40,20 +40,12 @@ from experiments.train.step import Metrics, Tally, create_state, train_step
 from tests.support import tiny
 from tests.support.ends import ARMS, assert_same_ends, what_came_out
 from tests.support.limits import limited_to
+from tests.support.tiny import QUICK
 
 STEPS = 3  # an epoch of the digits has at this batch size
-QUICK = ('--parallel', 'none', '--batch-size', 500)
 
 
 run = partial(tiny.run, toy2d)
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory) -> Path:
-    """A run of two epochs that nothing disturbed."""
-    out = tmp_path_factory.mktemp('whole') / 'run'
-    assert run(*QUICK, '--epochs', 2, '--out', out) == 0
-    return out
 
 
 def interrupt_at(monkeypatch, before: int, step: int, signum: int) -> None:
@@ -136,8 +128,8 @@ def lose_the_last_digit(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])  # of the last number: the line end has two
 
 
-LOST_DIGIT = ('metrics.csv', lose_the_last_digit)
 DAMAGES = [
+    ('metrics.csv', lose_the_last_digit),
     ('metrics.csv', Path.unlink),
     ('metrics.csv', halve),
     ('summary.json', Path.unlink),
@@ -147,7 +139,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'damage'), [LOST_DIGIT, *DAMAGES])
+@pytest.mark.parametrize(('name', 'damage'), DAMAGES)
 def test_a_lost_or_damaged_file_of_a_run_is_not_whole(whole, tmp_path, name, damage):
     path = Path(shutil.copy(whole / name, tmp_path))
     assert is_whole(path)
@@ -155,9 +147,8 @@ def test_a_lost_or_damaged_file_of_a_run_is_not_whole(whole, tmp_path, name, dam
     assert not is_whole(path)
 
 
-@pytest.mark.parametrize(
-    ('name', 'damage'), [LOST_DIGIT, *(pytest.param(*damage, marks=pytest.mark.slow) for damage in DAMAGES)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'damage'), DAMAGES)
 def test_what_a_finished_run_lacks_is_made_again(whole, tmp_path, capsys, name, damage):
     out = tmp_path / 'run'
     shutil.copytree(whole, out)
@@ -180,6 +171,7 @@ with lock(Path(sys.argv[1], '.lock')):
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_in_use_is_one_line_until_the_other_is_killed(tmp_path, capsys):
     out = tmp_path / 'run'
     out.mkdir()
@@ -296,6 +288,7 @@ def own_images(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('change', 'named'),
     [
@@ -595,6 +588,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_saves_befo
     assert found[1].steps == 2
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_one_line(whole, tmp_path, capsys):
     out = tmp_path / 'run'
     shutil.copytree(whole, out)
@@ -725,6 +719,7 @@ def test_damaged_settings_are_one_line_that_names_the_file_and_the_cure(whole, t
     assert bytes_of(out) == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_snapshots_that_are_lost_and_names_them(whole, tmp_path, capsys):
     out = tmp_path / 'run'
     shutil.copytree(whole, out)
