@@ -48,8 +48,15 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize(('program', 'donation'), PROGRAMS.values(), ids=PROGRAMS.keys())
-def test_a_train_step_updates_a_million_classes_in_place(program, donation):
+def first_by_default(cases):
+    """Returns the parameters of a test of which the first runs by default. The others are alike."""
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
+
+
+@pytest.mark.parametrize('name', first_by_default(PROGRAMS))
+def test_a_train_step_updates_a_million_classes_in_place(name):
+    program, donation = PROGRAMS[name]
     analysis = program(**donation)
     assert analysis.temp_size_in_bytes < 8 * MB
     assert analysis.alias_size_in_bytes >= TABLE_BYTES
@@ -158,7 +165,7 @@ SOFTMAX = [clj.class_softmax, clj.margin_softmax, clj.distance_softmax]
 SOFTMAX_AND_ROWS = [clj.class_softmax_and_rows, clj.margin_softmax_and_rows, clj.distance_softmax_and_rows]
 
 
-@pytest.mark.parametrize('softmax', SOFTMAX)
+@pytest.mark.parametrize('softmax', first_by_default(SOFTMAX))
 def test_a_softmax_and_its_gradients_hold_no_matrix_of_all_logits(softmax):
     arrays = shapes(((256, 8), jnp.float32), ((100_000, 8), jnp.float32), ((256,), jnp.int32))
     table_bytes = 100_000 * 8 * 4
@@ -174,7 +181,7 @@ def sampled_step(softmax, key, table, x, labels):
     return table + clj.RowUpdates(rows.indices, -0.1 * rows.values), loss, gradient
 
 
-@pytest.mark.parametrize('softmax', SOFTMAX_AND_ROWS)
+@pytest.mark.parametrize('softmax', first_by_default(SOFTMAX_AND_ROWS))
 def test_a_step_with_sampled_classes_takes_the_memory_of_the_sample(softmax):
     def program(num_classes):
         key = jax.eval_shape(jax.random.key, 0)

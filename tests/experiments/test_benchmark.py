@@ -101,6 +101,7 @@ def test_every_torch_classifier_runs_with_its_memory(arm):
     assert measured.temporary_bytes
 
 
+@pytest.mark.slow
 def test_a_classifier_is_measured_over_all_classes_and_over_a_sample(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(turns, 'TURNS', 1)
     sizes = {'batch_sizes': (16,), 'classes': (24,), 'feature_dim': 6, 'rounds': 1, 'sampled_share': 0.9}

@@ -47,7 +47,10 @@ def compiled_step(**sizes: int) -> Any:
 
 @pytest.mark.parametrize(
     'sizes',
-    [{'data': 1}, {'data': 8}, {'classes': 8}, {'data': 2, 'classes': 4}],
+    [
+        *({'data': 1}, {'data': 2, 'classes': 4}),
+        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ({'data': 8}, {'classes': 8})),
+    ],
     ids=str,
 )
 def test_the_model_is_what_the_compiler_reports(sizes):
@@ -81,7 +84,8 @@ def test_the_classifier_by_hand():
     assert costs.classifier_costs(10, 2, 6, 5).temporaries == 8 * 25 + 64 * 5 + 16 * 6 * 5
 
 
-@pytest.mark.parametrize(('name', 'devices'), [('adam', 1), pytest.param('momentum', 8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'devices'), [('adam', 1), ('momentum', 8)])
 def test_the_model_of_the_classifier_is_what_the_compiler_reports(name, devices):
     # A device computes with the rows of its own classes, so its program is that of a table of this size.
     num_classes, num_sampled, batch_size = 160_000, 16_000, 128

@@ -44,6 +44,7 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_has_a_row_for_each_network_and_says_that_its_data_is_made(whole):
     rows = table(whole)
     found = [(row['loss'], row['sample_share'], row['center_weight'], row['seed']) for row in rows]

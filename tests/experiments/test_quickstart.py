@@ -12,13 +12,14 @@ from flax import nnx
 
 FOLDER = Path(__file__).parents[2] / 'experiments' / 'quickstart'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.py') if path.stem != '__init__')
+OTHERS = [name for name in NAMES if name != 'linen']
 
 
 def test_there_is_a_quickstart_for_each_way_to_train():
     assert {'linen', 'linen_batchnorm', 'nnx', 'bare_jax', 'pmap', 'mesh', 'classifier'} <= set(NAMES)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ['linen', *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_quickstart_runs_moves_its_centers_and_lowers_for_accelerators(name, capsys):
     namespace = runpy.run_module(f'experiments.quickstart.{name}', run_name='__main__')
 

@@ -213,6 +213,7 @@ def test_help_explains_every_flag_with_its_default(capsys):
     assert text.count('(default:') == len(dataclasses.fields(toy2d.Config))
 
 
+@pytest.mark.slow
 def test_weight_0_makes_the_center_arm_the_softmax_arm(tmp_path, data_dir):
     out = short(tmp_path, data_dir, center_weight=0.0)
     softmax, center = rows(out)
@@ -233,6 +234,7 @@ def test_all_ways_to_use_the_devices_give_the_same_metrics_for_some_steps(tmp_pa
             np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_collapsed_features_are_said_to_have_collapsed(tmp_path, data_dir, capsys):
     out = short(tmp_path, data_dir, center_weight=1000.0, epochs=4, parallel='none')
     summary = strict(out / 'summary.json')

@@ -45,6 +45,7 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_compares_both_arms_over_the_seeds(whole):
     rows = table(whole / 'verification.csv')
     assert [(row['arm'], row['seed']) for row in rows] == [
@@ -98,6 +99,7 @@ def test_a_run_that_was_stopped_in_its_second_seed_goes_on_and_ends_alike(whole,
     assert 'finished' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_held_out_classes_are_another_run(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / 'run')
     assert run(*QUICK, '--out', tmp_path / 'run', '--resume', '--held-out', '0-2') == 2

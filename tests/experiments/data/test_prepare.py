@@ -75,6 +75,7 @@ def test_what_others_put_beside_a_preparation_stays(tmp_path):
     assert all((path / 'file').exists() for path in kept)
 
 
+@pytest.mark.slow
 def test_no_answer_is_the_same_line_each_time(tmp_path, proxy, monkeypatch):
     monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 5)
     over = threading.Event()
@@ -118,6 +119,7 @@ def test_a_preparation_ends_with_the_run_that_is_killed(tmp_path, proxy):
     assert over.wait(60)
 
 
+@pytest.mark.slow
 def test_a_slow_download_that_lives_is_waited_for(tmp_path, proxy, monkeypatch):
     monkeypatch.setattr(prepare, 'FIRST_ANSWER_SECONDS', 10)
 

@@ -316,6 +316,7 @@ def test_the_animation_has_every_epoch_and_rests_at_the_last(tmp_path):
     assert [duration for _, duration in frames(tmp_path / 'features.gif')] == [FRAME] * 4 + [REST]
 
 
+@pytest.mark.slow
 def test_a_long_animation_is_thinned_but_keeps_the_first_and_the_last_epoch(tmp_path):
     first, middle, last = (snapshot(num_classes=2, seed=seed) for seed in range(3))
     animate_features(tmp_path / 'long.gif', {'arm': [first, *[middle] * 200, last]}, ['a', 'b'], title='')
