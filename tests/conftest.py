@@ -36,8 +36,8 @@ jax.config.update('jax_disable_most_optimizations', True)
 # Nor do they read where an operation comes from, which JAX would write into each program.
 jax.config.update('jax_traceback_in_locations_limit', 0)
 
-# Tracing makes many objects, and each full collection would visit all of them: a tenth of the time.
-gc.set_threshold(200_000, 20, 100)
+# Tracing makes many objects, and each collection would visit them: a twentieth of the time. Few are in cycles.
+gc.disable()
 
 # Few examples, since a new shape is a compilation. Derandomized, so that everybody sees the same failure. `.ci/nightly`
 # takes the other profile.

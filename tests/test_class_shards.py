@@ -13,6 +13,7 @@ from jax import P, export
 from jax.sharding import AxisType, NamedSharding
 
 import centerloss_jax as clj
+from tests.support.cases import some_by_default
 from tests.support.steps import update
 
 B, D, C, ROWS = 16, 4, 21, 24  # eight devices have three rows each, the last one three of padding
@@ -119,15 +120,18 @@ WAYS = {
     'Auto': partial(by_jit, axis_type=AxisType.Auto),
     'Explicit': partial(by_jit, axis_type=AxisType.Explicit),
 }
-CASES = [
-    pytest.param(way, axis, id=f'{name}, {axis}')
+LAYOUTS = {
+    f'{name}, {"both axes" if axis == BOTH else axis}': (way, axis)
     for name, way in WAYS.items()
     for axis in (BOTH, 'classes')
     if (name, axis) != ('pmap', 'classes')
-]
+}
 
 
-@pytest.mark.parametrize(('way', 'class_axis'), CASES)
+@pytest.mark.parametrize(
+    ('way', 'class_axis'),
+    some_by_default(LAYOUTS, 'pmap, both axes', 'shard_map, classes', 'Auto, both axes', 'Explicit, classes'),
+)
 def test_losses_gradients_and_tables_are_those_of_one_device(way, class_axis):
     expected, got = jax.device_get((one_device(), way(class_axis)))
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-6)
@@ -167,7 +171,7 @@ def test_a_replicated_table_needs_the_axis_of_the_batch_alone(per_device):
     np.testing.assert_allclose(for_x.reshape(B, D) / ratio, gradients[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('check_vma', [True, False], ids=['checked', 'unchecked'])
+@pytest.mark.parametrize('check_vma', some_by_default({'checked': True, 'unchecked': False}, 'checked'))
 def test_numbers_have_the_derivatives_of_one_device_in_both_modes(check_vma):
     mesh = make_mesh(AxisType.Auto)
 

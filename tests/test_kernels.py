@@ -52,7 +52,15 @@ def plain_sums(index, values, scale, num_classes):
     return jax.ops.segment_sum(scale[:, None] * values, index, num_classes)
 
 
-@pytest.fixture(params=[(7, FEATURES), (65, FEATURES), (20_000, FEATURES), (65, WIDE), (1000, WIDE)])
+@pytest.fixture(
+    params=[
+        (7, FEATURES),
+        (65, FEATURES),
+        (20_000, FEATURES),
+        (1000, WIDE),
+        pytest.param((65, WIDE), marks=pytest.mark.slow),
+    ]
+)
 def rows(request):
     num_classes, num_features = request.param
     with jax.enable_x64(True):
@@ -117,7 +125,7 @@ def test_squared_norm_of_sums_equals_the_norm_of_unique_sums(rows):
 
 
 @pytest.mark.parametrize('num_features', [1, WIDE])
-@pytest.mark.parametrize('num_classes', [5, 30_000, 50_000])
+@pytest.mark.parametrize('num_classes', [5, 50_000, pytest.param(30_000, marks=pytest.mark.slow)])
 def test_sums_of_several_large_classes_keep_their_digits(num_classes, num_features):
     size, rng = 40_000, np.random.default_rng(0)
     index = rng.choice([1, 2, num_classes - 1], size, p=[0.5, 0.4, 0.1]).astype(np.int32)
@@ -329,7 +337,7 @@ def test_devices_may_have_different_tables_under_the_replication_check():
     chex.assert_trees_all_close(shared(tables[0], x, labels)[0], moved[0])
 
 
-@pytest.mark.parametrize('num_classes', [3, 50])
+@pytest.mark.parametrize('num_classes', [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_one_field_of_the_rows_may_vary_over_devices(num_classes):
     fields: dict[str, Any] = {'indices': jnp.array([1, 2, 1, 0]), 'values': jnp.ones((4, 2)), '_scale': jnp.arange(4.0)}
     mesh = jax.make_mesh((2,), ('data',), (jax.sharding.AxisType.Auto,))

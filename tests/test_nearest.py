@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 import centerloss_jax as clj
 from centerloss_jax import _nearest
 from tests.support import oracle
+from tests.support.cases import some_by_default
 from tests.support.programs import collective_sizes
 
 
@@ -255,13 +256,15 @@ def test_two_tight_clusters_far_apart_and_a_center_that_is_not_finite(content):
 
 
 BOTH = ('data', 'classes')
-LAYOUTS = [
-    (P(), P(BOTH)),
-    (P('classes', None), P(BOTH)),
-    (P('classes', None), P('data')),
-    (P('data', None), P(BOTH)),
-    (P(BOTH, None), P(BOTH)),
-]
+LAYOUTS = {
+    'Auto, replicated': (AxisType.Auto, P(), P(BOTH)),
+    'Auto, by class': (AxisType.Auto, P('classes', None), P(BOTH)),
+    'Auto, by class, batch over data': (AxisType.Auto, P('classes', None), P('data')),
+    'Auto, by data': (AxisType.Auto, P('data', None), P(BOTH)),
+    'Auto, over both': (AxisType.Auto, P(BOTH, None), P(BOTH)),
+    'Explicit, by class': (AxisType.Explicit, P('classes', None), P(BOTH)),
+    'Explicit, by class, batch over data': (AxisType.Explicit, P('classes', None), P('data')),
+}
 
 
 @pytest.fixture(scope='module')
@@ -273,8 +276,7 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     ('axis_type', 'spec', 'batch_spec'),
-    [*((AxisType.Auto, *layout) for layout in LAYOUTS), *((AxisType.Explicit, *layout) for layout in LAYOUTS[1:3])],
-    ids=str,
+    some_by_default(LAYOUTS, 'Auto, by class, batch over data', 'Auto, over both', 'Explicit, by class'),
 )
 def test_the_nearest_center_is_the_same_on_a_mesh_and_no_table_travels(on_one_device, axis_type, spec, batch_spec):
     x, centers, (expected_labels, expected_distances) = on_one_device

@@ -14,6 +14,7 @@ from flax.nnx import bridge
 
 import centerloss_jax as clj
 from tests.support import oracle
+from tests.support.cases import some_by_default
 from tests.support.steps import (
     SGD,
     NnxModel,
@@ -215,7 +216,7 @@ PLACED = {
 }
 
 
-@pytest.mark.parametrize(('place', 'graph'), PLACED.values(), ids=PLACED.keys())
+@pytest.mark.parametrize(('place', 'graph'), some_by_default(PLACED, 'attribute, tree', 'item, graph'))
 def test_rows_may_be_placed_beside_the_gradients(place, graph):
     batch, (model, optimizer) = make_batch(), nnx_pair(SGD, graph=graph, batch_norm=True)
     expected, reference = nnx_pair(SGD, graph=graph, batch_norm=True)

@@ -19,7 +19,6 @@ README, REFERENCE = (ROOT / name for name in ('README.md', 'experiments/README.m
 TEXT = {page: page.read_text(encoding='utf-8') for page in (README, REFERENCE)}
 BLOCK = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 BLOCKS = BLOCK.findall(TEXT[REFERENCE])
-WHOLE_RUN = re.compile(r'\.main\(')
 LINKS = [
     (page, link)
     for page, text in TEXT.items()
@@ -42,11 +41,8 @@ def heading_of(block):
     return re.findall(r'^#+ (.*)$', TEXT[REFERENCE].split(block)[0], re.MULTILINE)[-1]
 
 
-@pytest.mark.parametrize(
-    'block',
-    [pytest.param(block, marks=pytest.mark.slow if WHOLE_RUN.search(block) else ()) for block in BLOCKS],
-    ids=heading_of,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('block', BLOCKS, ids=heading_of)
 def test_a_block_of_the_reference_runs_as_it_stands(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a block may write files to the current folder
     exec(compile(block, str(REFERENCE), 'exec'), {'__name__': 'block'})

@@ -17,6 +17,7 @@ from jax import P
 
 import centerloss_jax as clj
 from tests.support import oracle
+from tests.support.cases import some_by_default
 from tests.support.rows import IS_REFUSED, MOVES_NOTHING, TABLE, make_rows
 from tests.support.steps import move
 
@@ -200,7 +201,7 @@ STACKED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize('stack', STACKED.values(), ids=STACKED.keys())
+@pytest.mark.parametrize('stack', some_by_default(STACKED, 'vmap', 'scan', 'pmap'))
 def test_stacked_rows_have_the_values_of_each_and_can_be_joined(stack):
     stacked = stack()
     np.testing.assert_allclose(stacked.values, [batch_rows(k).values for k in range(2)], rtol=1e-6)

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import centerloss_jax as clj
 from tests.support import one_of_two, oracle
+from tests.support.cases import some_by_default
 from tests.support.problems import make_problem
 from tests.support.steps import SGD, center_state, linen_state, linen_step, linen_table, make_batch, update
 
@@ -94,7 +95,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize('way', some_by_default(WAYS, 'pmap', 'shard_map, Explicit'))
 def test_the_train_step_equals_the_step_of_one_device(way):
     # Left out are every other example of one device and all examples of another.
     images, labels = make_batch(size=64, left_out=[*range(8, 16, 2), *range(40, 48)])
@@ -326,7 +327,12 @@ def test_the_linen_step_on_a_mesh_is_that_of_one_device(spec):
     assert linen_table(got).sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
 
 
-@pytest.mark.parametrize('batch_spec', [P(), P('data'), P('data', 'seq'), P(None, 'seq'), P(('data', 'seq'))], ids=str)
+SPECS = P(), P('data'), P('data', 'seq'), P(None, 'seq'), P(('data', 'seq'))
+
+
+@pytest.mark.parametrize(
+    'batch_spec', some_by_default({str(spec): spec for spec in SPECS}, str(SPECS[2]), str(SPECS[3]))
+)
 def test_sequences_on_explicit_axes_may_be_split_along_any_axis(batch_spec):
     x, centers, labels, _ = make_problem(leading=(8, 4), num_classes=13, dtype=np.float32)
     mesh = jax.make_mesh((2, 4), ('data', 'seq'), axis_types=(AxisType.Explicit,) * 2)
@@ -351,7 +357,7 @@ def test_sequences_on_explicit_axes_may_be_split_along_any_axis(batch_spec):
     np.testing.assert_array_equal(statistics.count, np.bincount(labels.ravel(), minlength=13))
 
 
-@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
+@pytest.mark.parametrize('jit', some_by_default({'eager': False, 'jit': True}, 'jit'))
 def test_rows_of_two_layouts_on_explicit_axes_can_be_joined(jit):
     x, centers, labels, _ = make_problem(leading=(8,), num_classes=13, dtype=np.float32)
     mesh = jax.make_mesh((2, 4), ('data', 'seq'), axis_types=(AxisType.Explicit,) * 2)

@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 import centerloss_jax as clj
 from centerloss_jax import _kernels
 from tests.support import oracle
+from tests.support.cases import some_by_default
 from tests.support.problems import make_problem
 
 # The losses with and without rows, and the logit of the oracle.
@@ -238,7 +239,7 @@ def test_inside_jit_a_label_out_of_range_makes_the_loss_nan_and_has_no_gradient(
 
 
 @over_losses
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_computed_in_float32(name, dtype):
     x, table, labels, _ = problem()
     x, table = x.astype(dtype), table.astype(dtype)
@@ -361,8 +362,11 @@ def derivatives(loss, x, table, labels):
     }
 
 
+WITHOUT_ROWS = {name: (name, False) for name in DENSE}
+
+
 @pytest.mark.parametrize(
-    ('name', 'with_rows'), [('class', False), ('margin', False), ('distance', False), ('class', True)]
+    ('name', 'with_rows'), some_by_default(WITHOUT_ROWS | {'class, with rows': ('class', True)}, 'class')
 )
 def test_derivatives_of_every_mode_and_order_are_those_of_dense_autodiff(name, with_rows):
     x, table, labels, _ = make_problem(leading=(5,), num_classes=5, num_features=3)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import centerloss_jax as clj
 from tests.support import oracle
+from tests.support.cases import some_by_default
 from tests.support.problems import make_problem
 from tests.support.steps import update
 
@@ -151,10 +152,13 @@ def test_a_center_that_became_inf_is_saved_with_the_centers_after_it(table, num_
     np.testing.assert_array_equal(saved, table)
 
 
-@pytest.mark.parametrize('sizes', [(1, 1), (1, 8), (2, 4)])
-def test_explicit_axes_need_no_jit(table, sizes):
-    devices = jax.devices()[: sizes[0] * sizes[1]]
-    mesh = jax.make_mesh(sizes, ('data', 'classes'), axis_types=(AxisType.Explicit,) * 2, devices=devices)
+SIZES = {'one device': (1, 1), 'one axis': (1, 8), 'two axes': (2, 4)}
+
+
+@pytest.mark.parametrize(('data', 'classes'), some_by_default(SIZES, 'two axes'))
+def test_explicit_axes_need_no_jit(table, data, classes):
+    devices = jax.devices()[: data * classes]
+    mesh = jax.make_mesh((data, classes), ('data', 'classes'), axis_types=(AxisType.Explicit,) * 2, devices=devices)
     x, labels = np.ones((16, 3), np.float32), np.array([*range(10), -1, 3, 3, -1, 9, 0])
     on_mesh = jax.device_put((x, labels), NamedSharding(mesh, P(('data', 'classes'))))
     centers = clj.shard_centers(table, NamedSharding(mesh, P('classes')))

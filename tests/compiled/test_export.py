@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 import centerloss_jax as clj
+from tests.support.cases import some_by_default
 from tests.support.steps import linen_state, linen_step, make_batch, nnx_pair, nnx_step, update
 
 PLATFORMS = ['cuda', 'tpu']
@@ -100,7 +101,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', some_by_default({'float32': jnp.float32, 'bfloat16': jnp.bfloat16}, 'float32'))
 @pytest.mark.parametrize('function', FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_a_function_lowers(function, dtype):
     x, table = jax.ShapeDtypeStruct((7, 3), dtype), jax.ShapeDtypeStruct((11, 3), dtype)
@@ -161,10 +162,7 @@ def symbolic(batch, classes):
     return [jax.ShapeDtypeStruct(*a) for a in (((b, 3), jnp.float32), ((c, 3), jnp.float32), ((b,), jnp.int32))]
 
 
-SIZES = [
-    *(('b', 1000), ('b', 'c')),
-    *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in (('b', 4), (7, 'c'))),
-]
+SIZES = {'batch': ('b', 4), 'many classes': ('b', 1000), 'classes': (7, 'c'), 'both': ('b', 'c')}
 
 
 def moved(x, table, labels):
@@ -176,7 +174,7 @@ def loss_and_sum(x, table, labels):
     return loss, table + rows
 
 
-@pytest.mark.parametrize(('batch', 'classes'), SIZES)
+@pytest.mark.parametrize(('batch', 'classes'), some_by_default(SIZES, 'both'))
 @pytest.mark.parametrize('function', [clj.center_loss, loss_and_sum, moved], ids=['loss', 'rows', 'update'])
 def test_an_export_with_symbolic_sizes_gives_the_result_of_each_size(function, batch, classes):
     exported = jax.export.export(jax.jit(function))(*symbolic(batch, classes))

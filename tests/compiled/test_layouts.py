@@ -12,6 +12,7 @@ from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 import centerloss_jax as clj
+from tests.support.cases import some_by_default
 from tests.support.problems import make_problem
 from tests.support.programs import AS_USERS, collective_sizes, collectives_in_loops
 
@@ -60,23 +61,19 @@ MESHES = {
     'Explicit': (AxisType.Explicit, 'nothing'),
 }
 
-
-# The others are combinations of these, and mesh= gives the constraint of jax.set_mesh.
-BY_DEFAULT = ['by rows', 'two axes, by rows along the batch', 'two axes, all over both']
-NAMED_BY_ARGUMENT = ['replicated', 'two axes, by rows along the batch']
-
-
-def cases():
-    for mesh in MESHES:
-        by_default = NAMED_BY_ARGUMENT if mesh == 'Auto, mesh=' else BY_DEFAULT
-        for layout in LAYOUTS:
-            marks = () if layout in by_default else pytest.mark.slow
-            yield pytest.param(*LAYOUTS[layout], *MESHES[mesh], id=f'{mesh}, {layout}', marks=marks)
+CASES = {f'{mesh}, {layout}': (*MESHES[mesh], *LAYOUTS[layout]) for mesh in MESHES for layout in LAYOUTS}
+BY_DEFAULT = [
+    'Auto, mesh=, two axes, by rows along the batch',
+    'Auto, set_mesh, by rows',
+    'Auto, set_mesh, two axes, all over both',
+    'Explicit, replicated',
+    'Explicit, two axes, by rows along the batch',
+]
 
 
-@pytest.mark.parametrize(('shape', 'spec', 'batch_spec', 'axis_type', 'named_by'), [*cases()])
+@pytest.mark.parametrize(('axis_type', 'named_by', 'shape', 'spec', 'batch_spec'), some_by_default(CASES, *BY_DEFAULT))
 def test_the_step_equals_the_step_of_one_device_and_moves_no_table(
-    one_device, shape, spec, batch_spec, axis_type, named_by
+    one_device, axis_type, named_by, shape, spec, batch_spec
 ):
     (table, state, x, labels), expected = one_device
     mesh = jax.make_mesh(shape, BOTH[: len(shape)], axis_types=(axis_type,) * len(shape))

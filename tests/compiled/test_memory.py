@@ -15,6 +15,7 @@ from flax import nnx
 
 import centerloss_jax as clj
 from centerloss_jax import _tables
+from tests.support.cases import some_by_default
 from tests.support.programs import MB, memory, shapes
 from tests.support.steps import linen_state, linen_step, nnx_pair, nnx_step, update
 
@@ -48,15 +49,8 @@ PROGRAMS = {
 }
 
 
-def first_by_default(cases):
-    """Returns the parameters of a test of which the first runs by default. The others are alike."""
-    first, *others = cases
-    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
-
-
-@pytest.mark.parametrize('name', first_by_default(PROGRAMS))
-def test_a_train_step_updates_a_million_classes_in_place(name):
-    program, donation = PROGRAMS[name]
+@pytest.mark.parametrize(('program', 'donation'), some_by_default(PROGRAMS, 'linen'))
+def test_a_train_step_updates_a_million_classes_in_place(program, donation):
     analysis = program(**donation)
     assert analysis.temp_size_in_bytes < 8 * MB
     assert analysis.alias_size_in_bytes >= TABLE_BYTES
@@ -67,6 +61,7 @@ def test_a_state_that_is_not_donated_is_copied():
     assert linen_program(batch_norm=False).alias_size_in_bytes < MB
 
 
+@pytest.mark.slow
 def test_eight_steps_inside_a_scan_stay_in_place():
     state = jax.eval_shape(partial(linen_state, **BIG))
 
@@ -107,7 +102,7 @@ def table_program(loss_and_rows, num_classes, dtype=jnp.float32, size=256):
     return memory(jax.jit(partial(table_step, loss_and_rows), donate_argnums=0), arrays[0], state, *arrays[1:])
 
 
-@pytest.mark.parametrize('loss_and_rows', [one_lookup, two_lookups])
+@pytest.mark.parametrize('loss_and_rows', [one_lookup, pytest.param(two_lookups, marks=pytest.mark.slow)])
 def test_temporaries_do_not_depend_on_the_number_of_classes(loss_and_rows):
     few, most = (table_program(loss_and_rows, c) for c in (1_000, 1_000_000))
     assert few.temp_size_in_bytes == most.temp_size_in_bytes < 8 * MB
@@ -127,7 +122,10 @@ def embedding_step(transform, table, state, tokens, target):
     return update(transform, rows, state, table)
 
 
-@pytest.mark.parametrize('optimizer', [optax.adamw(1e-3), optax.sgd(1e-3, momentum=0.9)], ids=['adamw', 'momentum'])
+OPTIMIZERS = {'adamw': optax.adamw(1e-3), 'momentum': optax.sgd(1e-3, momentum=0.9)}
+
+
+@pytest.mark.parametrize('optimizer', some_by_default(OPTIMIZERS, 'adamw'))
 def test_an_optimizer_by_rows_updates_table_and_state_in_place(optimizer):
     transform: Any = clj.by_rows(optimizer)
 
@@ -161,11 +159,11 @@ def test_nearest_center_holds_no_matrix_of_all_distances():
 
 
 LOGITS_BYTES = 256 * 100_000 * 4
-SOFTMAX = [clj.class_softmax, clj.margin_softmax, clj.distance_softmax]
+SOFTMAX = {'class': clj.class_softmax, 'margin': clj.margin_softmax, 'distance': clj.distance_softmax}
 SOFTMAX_AND_ROWS = [clj.class_softmax_and_rows, clj.margin_softmax_and_rows, clj.distance_softmax_and_rows]
 
 
-@pytest.mark.parametrize('softmax', first_by_default(SOFTMAX))
+@pytest.mark.parametrize('softmax', some_by_default(SOFTMAX, 'class'))
 def test_a_softmax_and_its_gradients_hold_no_matrix_of_all_logits(softmax):
     arrays = shapes(((256, 8), jnp.float32), ((100_000, 8), jnp.float32), ((256,), jnp.int32))
     table_bytes = 100_000 * 8 * 4
@@ -181,7 +179,8 @@ def sampled_step(softmax, key, table, x, labels):
     return table + clj.RowUpdates(rows.indices, -0.1 * rows.values), loss, gradient
 
 
-@pytest.mark.parametrize('softmax', first_by_default(SOFTMAX_AND_ROWS))
+@pytest.mark.slow
+@pytest.mark.parametrize('softmax', SOFTMAX_AND_ROWS)
 def test_a_step_with_sampled_classes_takes_the_memory_of_the_sample(softmax):
     def program(num_classes):
         key = jax.eval_shape(jax.random.key, 0)

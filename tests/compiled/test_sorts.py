@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import centerloss_jax as clj
+from tests.support.cases import some_by_default
 from tests.support.programs import AS_USERS, operations, shapes
 from tests.support.steps import update
 
@@ -40,7 +41,7 @@ def test_operations_counts_what_a_program_does():
     assert count['scatter'] == 1
 
 
-@pytest.mark.parametrize('num_classes', NARROW.values(), ids=NARROW.keys())
+@pytest.mark.parametrize('num_classes', some_by_default(NARROW, 'C <= N', 'C > 8 N'))
 def test_a_step_of_few_features_sorts_once_and_only_for_many_classes(num_classes):
     count = compiled_step(num_classes, 6)
     assert count['sort'] == (num_classes > 8 * N), count
@@ -50,7 +51,7 @@ def test_a_step_of_few_features_sorts_once_and_only_for_many_classes(num_classes
     assert count['while'] == 1, count  # one pass over the rows serves the table and step_norm
 
 
-@pytest.mark.parametrize('num_classes', [N + 1, 1_000_000])
+@pytest.mark.parametrize('num_classes', [N + 1, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_step_of_many_features_sorts_once_where_classes_outnumber_rows(num_classes):
     count = compiled_step(num_classes, 200)
     assert count['sort'] == 1, count

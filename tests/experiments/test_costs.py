@@ -16,6 +16,7 @@ from experiments import costs
 from experiments.launch import cli
 from experiments.launch.errors import FlagError
 from experiments.launch.mesh import over_mesh
+from tests.support.cases import some_by_default
 from tests.support.programs import AS_USERS, collective_sizes, memory, shapes
 
 pytestmark = pytest.mark.usefixtures('all_optimizations')
@@ -45,14 +46,10 @@ def compiled_step(**sizes: int) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    'sizes',
-    [
-        *({'data': 1}, {'data': 2, 'classes': 4}),
-        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ({'data': 8}, {'classes': 8})),
-    ],
-    ids=str,
-)
+MESHES = {str(sizes): sizes for sizes in ({'data': 1}, {'data': 8}, {'classes': 8}, {'data': 2, 'classes': 4})}
+
+
+@pytest.mark.parametrize('sizes', some_by_default(MESHES, str({'data': 2, 'classes': 4})))
 def test_the_model_is_what_the_compiler_reports(sizes):
     model = costs.step_costs(C, D, B, **sizes)
     compiled = compiled_step(**sizes)

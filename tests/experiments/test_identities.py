@@ -76,6 +76,7 @@ def test_a_difference_is_within_a_seed():
     assert summary['margin, 0.1, weight 1 - 0']['rank_1'].mean == -0.4375
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_other_settings_are_another_run(whole, capsys):
     assert run(*QUICK, '--out', whole, '--resume') == 0
     assert 'the run is finished' in capsys.readouterr().out

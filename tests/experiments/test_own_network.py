@@ -1,8 +1,6 @@
 """A network of the user's by --model: trained, resumed, used by predict, and imported for a flag alone."""
 
 import json
-import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -61,25 +59,6 @@ def test_predict_uses_the_running_statistics(trained, tmp_path):
     np.testing.assert_allclose(right, summary['center']['nearest_center_accuracy'], rtol=1e-6)
 
 
-@pytest.mark.parametrize('given', [(), ('--model', 'small'), ('--model', 'tests.support.networks:Wide')])
-def test_no_run_makes_a_module_be_imported(whole, tmp_path, capsys, monkeypatch, given):
-    out = tmp_path / 'run'
-    shutil.copytree(whole, out)
-    (tmp_path / 'named_by_a_run.py').write_text(f'open({str(tmp_path / "imported")!r}, "w").close()')
-    monkeypatch.syspath_prepend(tmp_path)
-    config = json.loads((out / 'config.json').read_text())
-    (out / 'config.json').write_text(json.dumps(config | {'model': 'named_by_a_run:Net'}))
-    capsys.readouterr()
-    assert tiny.run(predict, '--images', 'digits:test', '--run', out, *given) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert '--model named_by_a_run:Net' in error
-    assert run(*QUICK, '--epochs', 3, '--out', out, '--resume', *given) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert 'named_by_a_run:Net' in error
-    assert 'named_by_a_run' not in sys.modules
-    assert not (tmp_path / 'imported').exists()
-
-
 @pytest.mark.parametrize(
     ('model', 'named'),
     [
@@ -117,7 +96,9 @@ def after_a_step(devices: Devices, images: np.ndarray, labels: np.ndarray):
     return devices.fetch(devices.compile(train_step)(state, *batch, devices.place_state(np.float32(0.1)))[0])
 
 
-@pytest.mark.parametrize('count', [8, 12, 14])
+@pytest.mark.parametrize(
+    'count', [14, pytest.param(8, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_running_means_are_averaged_over_the_devices_by_their_examples(count):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 4, 4, 1), dtype=np.uint8)

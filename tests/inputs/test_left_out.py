@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import centerloss_jax as clj
+from tests.support.cases import some_by_default
 from tests.support.problems import make_problem
 
 
@@ -78,7 +79,7 @@ NOTHING_COUNTED = {
 
 
 @pytest.mark.parametrize(('leading', 'labels', 'options'), NOTHING_COUNTED.values(), ids=NOTHING_COUNTED.keys())
-@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
+@pytest.mark.parametrize('jit', some_by_default({'eager': False, 'jit': True}, 'jit'))
 def test_without_examples_the_loss_and_its_gradients_are_zero(leading, labels, options, jit):
     x, centers, *_ = make_problem(leading=leading, dtype=np.float32)
     of_loss = jax.value_and_grad(clj.center_loss, (0, 1))

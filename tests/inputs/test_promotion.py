@@ -90,11 +90,12 @@ DTYPES = {
     'bfloat16': (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
     'mixed': (jnp.float16, jnp.float32, jnp.bfloat16),
 }
+over_sizes = pytest.mark.parametrize('num_classes', [5, pytest.param(50, marks=pytest.mark.slow)])
 with_flag = pytest.mark.parametrize('flag', FLAGS.values(), ids=FLAGS.keys())
 
 
 @with_flag
-@pytest.mark.parametrize('num_classes', [5, 50])
+@over_sizes
 @pytest.mark.parametrize('dtypes', DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize('call', CALLS.values(), ids=CALLS.keys())
 def test_a_function_can_be_traced(call, dtypes, num_classes, flag):
@@ -104,7 +105,7 @@ def test_a_function_can_be_traced(call, dtypes, num_classes, flag):
         jax.eval_shape(call, *arrays)
 
 
-@pytest.mark.parametrize('num_classes', [5, 50])
+@over_sizes
 @pytest.mark.parametrize('call', CALLS.values(), ids=CALLS.keys())
 def test_float32_stays_float32_under_x64(call, num_classes):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((6, 4), (num_classes, 4), (6,))]
@@ -114,7 +115,7 @@ def test_float32_stays_float32_under_x64(call, num_classes):
 
 
 @with_flag
-@pytest.mark.parametrize('num_classes', [5, 50])
+@over_sizes
 def test_a_step_outside_of_jit_runs(num_classes, flag):
     x, centers = jnp.ones((6, 4), jnp.bfloat16), jnp.zeros((num_classes, 4))
     with flag():

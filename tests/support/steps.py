@@ -81,6 +81,11 @@ _linen_model = cache(LinenModel)
 
 
 @cache
+def _linen_init(**model_options):
+    return jax.jit(LinenModel(**model_options).init)
+
+
+@cache
 def _with_centers(tx, alpha, axis_name=None):
     return clj.with_centers(tx or optax.adam(1e-2), alpha, axis_name=axis_name)
 
@@ -90,7 +95,7 @@ def linen_state(tx=None, *, alpha=0.5, seed=0, **model_options) -> LinenState:
     axis_name = model_options.get('axis_name')
     tx = _with_centers(tx, alpha, axis_name)
     # The model is initialized on one device, where no axis is bound.
-    variables = LinenModel(**{**model_options, 'axis_name': None}).init(jax.random.key(seed), *make_batch())
+    variables = _linen_init(**{**model_options, 'axis_name': None})(jax.random.key(seed), *make_batch())
     return LinenState.create(
         apply_fn=_linen_model(**model_options).apply,
         params={'params': variables['params'], 'centers': variables['centers']},

@@ -13,7 +13,7 @@ from tests.support.programs import compilations
 SPLIT = Split(np.zeros((16, 8, 8, 1), np.uint8), np.arange(16, dtype=np.int32) % 3)
 
 
-@pytest.mark.parametrize('parallel', ['auto', 'pmap'])
+@pytest.mark.parametrize('parallel', ['auto', pytest.param('pmap', marks=pytest.mark.slow)])
 def test_steps_run_the_program_that_was_compiled_ahead(parallel):
     devices = choose(parallel)
     state = create_state(Classifier('small', 2, 3), (8, 8, 1), 0, 1e-3, 0.5, devices)

@@ -38,6 +38,7 @@ from experiments.train.model import Classifier
 from experiments.train.snapshots import load_snapshot
 from experiments.train.step import Metrics, Tally, create_state, train_step
 from tests.support import tiny
+from tests.support.cases import some_by_default
 from tests.support.ends import ARMS, assert_same_ends, what_came_out
 from tests.support.limits import limited_to
 from tests.support.tiny import QUICK
@@ -770,18 +771,17 @@ def some_devices(count: int, **sizes: int) -> Devices:
     return over_mesh(jax.devices()[:count], sizes or {'data': count})
 
 
-@pytest.mark.parametrize(
-    ('before', 'after'),
-    [
-        (choose('auto'), some_devices(4)),
-        (some_devices(4), choose('none')),
-        (choose('pmap'), some_devices(4)),
-        (some_devices(8, data=2, classes=4), some_devices(4, classes=4)),
-        (some_devices(4, classes=4), choose('none')),
-        (some_devices(8, data=2, classes=4), choose('pmap')),
-    ],
-    ids=lambda devices: f'{len(devices.devices)} by {devices.mesh.shape if devices.mesh else "pmap"}',
-)
+MOVES = {
+    'all to 4': (choose('auto'), some_devices(4)),
+    '4 to one': (some_devices(4), choose('none')),
+    'pmap to 4': (choose('pmap'), some_devices(4)),
+    '2 x 4 to 4 shards': (some_devices(8, data=2, classes=4), some_devices(4, classes=4)),
+    '4 shards to one': (some_devices(4, classes=4), choose('none')),
+    '2 x 4 to pmap': (some_devices(8, data=2, classes=4), choose('pmap')),
+}
+
+
+@pytest.mark.parametrize(('before', 'after'), some_by_default(MOVES, 'pmap to 4', '2 x 4 to 4 shards'))
 def test_what_is_saved_on_some_devices_goes_on_on_others(tmp_path, saved, before, after):
     with Stop('') as stop, Checkpoints(tmp_path, 60, stop, before, **OF) as saves:
         saves.save(before.place_state(saved), train_batches(SPLIT, 10, 0), Tally())
