@@ -95,7 +95,7 @@ def _shard_map(fn, num_devices):
 # jax.pmap is a jax.shard_map without the replication check.
 @pytest.fixture(
     params=[
-        pytest.param(_vmap, id='vmap'),
+        pytest.param(_vmap, id='vmap', marks=pytest.mark.slow),
         pytest.param(_pmap, id='pmap'),
         pytest.param(_shard_map, id='shard_map'),
     ]

@@ -147,6 +147,7 @@ def test_the_table_of_factors_carries_a_weight_over(worked_example, origin, loss
     np.testing.assert_allclose(factor * clj.center_loss(x, centers, labels), theirs, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_alpha_of_the_re_id_baseline_moves_centers_as_its_sgd_does():
     row = re.search(r'SGD of r = ([\d.]+) is . = (.+), ([\d.]+) at (\d+) x (\d+) \|$', TEXT[README], re.MULTILINE)
     assert row is not None

@@ -116,7 +116,7 @@ def test_every_public_name_is_here():
     assert set(clj.__all__) - lowered == on_the_host | returned
 
 
-@pytest.mark.parametrize('batch_norm', [False, True], ids=['plain', 'BatchNorm'])
+@pytest.mark.parametrize('batch_norm', some_by_default({'plain': False, 'BatchNorm': True}, 'BatchNorm'))
 def test_the_linen_train_step_lowers(batch_norm):
     state, batch = linen_state(batch_norm=batch_norm), make_batch()
 

@@ -64,9 +64,7 @@ MESHES = {
 CASES = {f'{mesh}, {layout}': (*MESHES[mesh], *LAYOUTS[layout]) for mesh in MESHES for layout in LAYOUTS}
 BY_DEFAULT = [
     'Auto, mesh=, two axes, by rows along the batch',
-    'Auto, set_mesh, by rows',
     'Auto, set_mesh, two axes, all over both',
-    'Explicit, replicated',
     'Explicit, two axes, by rows along the batch',
 ]
 

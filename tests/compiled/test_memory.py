@@ -56,6 +56,7 @@ def test_a_train_step_updates_a_million_classes_in_place(program, donation):
     assert analysis.alias_size_in_bytes >= TABLE_BYTES
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_donated_is_copied():
     # A user who forgets to donate sees this, and so would the test above.
     assert linen_program(batch_norm=False).alias_size_in_bytes < MB
@@ -73,6 +74,7 @@ def test_eight_steps_inside_a_scan_stay_in_place():
     assert analysis.alias_size_in_bytes >= TABLE_BYTES
 
 
+@pytest.mark.slow
 def test_a_replicated_state_is_updated_in_place_by_pmap():
     state = jax.eval_shape(partial(linen_state, axis_name='batch', **BIG))
     replicated = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), state)
@@ -109,7 +111,7 @@ def test_temporaries_do_not_depend_on_the_number_of_classes(loss_and_rows):
     assert most.alias_size_in_bytes >= 1_000_000 * 512 * 4
 
 
-@pytest.mark.parametrize('num_classes', [1_000, 1_000_000])
+@pytest.mark.parametrize('num_classes', [1_000_000, pytest.param(1_000, marks=pytest.mark.slow)])
 def test_gradient_rows_and_move_share_one_array(num_classes):
     assert table_program(one_lookup, num_classes, size=4096).temp_size_in_bytes < 0.6 * 4096 * 512 * 4
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from experiments import predict, toy2d
 from experiments.data.load import load
-from experiments.plots.contact_sheet import draw_contact_sheet
 from experiments.train.checkpoint import saved_params
-from experiments.train.thresholds import threshold_of
 from tests.support import tiny
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +56,7 @@ def test_a_damaged_file_of_the_run_is_one_line_that_names_it_and_the_cure(
     assert cure in error
 
 
-@pytest.mark.parametrize('arm', ['center', pytest.param('softmax', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('arm', ['softmax', 'center'])
 def test_a_test_split_is_labelled_as_in_training_and_a_twentieth_of_it_is_too_far(trained, tmp_path, arm):
     assert run('--images', 'digits:test', '--run', trained, '--arm', arm, '--out', tmp_path) == 0
     rows = predictions(tmp_path)
@@ -115,7 +115,6 @@ def test_embeddings_are_read_without_pickle_and_replaced_only_if_they_may_be(tra
     assert run(*flags, file, '--overwrite') == 0
 
 
-@pytest.mark.slow
 def test_a_mesh_labels_as_one_device_does(trained, tmp_path):
     flags = '--images', 'digits:test', '--run', trained
     assert run(*flags, '--out', tmp_path / 'one', '--parallel', 'none') == 0
@@ -125,7 +124,6 @@ def test_a_mesh_labels_as_one_device_does(trained, tmp_path):
         np.testing.assert_allclose(float(row['distance']), float(expected['distance']), rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_an_image_that_is_no_digit_is_unknown(tmp_path):
     trained = tmp_path / 'run'
     assert tiny.run(toy2d, '--epochs', 6, '--batch-size', 50, '--parallel', 'none', '--out', trained) == 0
@@ -204,27 +202,3 @@ def test_predictions_in_a_folder_of_ones_own_are_replaced_only_if_they_may_be(tr
     assert (tmp_path / 'predictions.csv').read_text() == 'mine'
     assert run(*flags, '--overwrite') == 0
     assert predictions(tmp_path)[0]['image'] == 'digits:test:0'
-
-
-@pytest.mark.parametrize('count', [1, 7, 100])
-@pytest.mark.parametrize('channels', [1, 3])
-def test_a_contact_sheet_shows_images_with_their_captions_and_frames_those_that_are_doubtful(tmp_path, count, channels):
-    images = np.random.default_rng(0).integers(0, 256, (count, 4, 6, channels), dtype=np.uint8)
-    captions = [f'image {number}' for number in range(count)]
-    doubtful = np.arange(count) % 2 == 1
-    figure = draw_contact_sheet(tmp_path / 'sheet.png', images, captions, doubtful, title='a $sheet')
-    shown = [axes for axes in figure.axes if axes.images]
-    assert len(shown) == min(count, 60)
-    for axes in shown:
-        number = int(axes.get_xlabel().split()[1])
-        array = np.asarray(axes.images[0].get_array())
-        np.testing.assert_array_equal(array.reshape(images[number].shape), images[number])
-        assert axes.spines['left'].get_visible() == doubtful[number]
-    assert ('60 of 100 images' in figure.get_suptitle()) == (count == 100)
-
-
-def test_at_least_95_percent_of_the_distances_are_within_the_threshold():
-    distances = np.random.default_rng(0).exponential(size=359)
-    within = np.mean(distances <= threshold_of(distances))
-    assert 0.95 <= within < 0.953
-    assert threshold_of(np.array([2.0])) == 2.0

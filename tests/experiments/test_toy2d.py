@@ -73,6 +73,7 @@ def test_tensorflow_is_not_imported():
     assert 'tensorflow' not in sys.modules
 
 
+@pytest.mark.slow
 def test_an_out_that_holds_a_run_is_refused_unless_it_may_be_overwritten(tmp_path, data_dir, capsys):
     out = tmp_path / 'run'
     out.mkdir()

@@ -13,6 +13,7 @@ from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 import centerloss_jax as clj
+from tests.support.cases import some_by_default
 from tests.support.steps import move, update
 
 LABELS, WHERE = np.array([0, 1, 1, 4, -1, 2]), np.array([True, True, False, True, True, True])
@@ -114,7 +115,7 @@ def test_float32_stays_float32_under_x64(call, num_classes):
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(call, *arrays), expected)
 
 
-@with_flag
+@pytest.mark.parametrize('flag', some_by_default(FLAGS, 'ranks'))
 @over_sizes
 def test_a_step_outside_of_jit_runs(num_classes, flag):
     x, centers = jnp.ones((6, 4), jnp.bfloat16), jnp.zeros((num_classes, 4))

@@ -106,7 +106,8 @@ def test_the_sum_over_many_examples_of_one_class_keeps_its_digits(exponent, num_
     np.testing.assert_allclose(state.step_norm, 0.5 * 0.1 * n / (n + 1), rtol=1e-4)
 
 
-@pytest.mark.parametrize('num_features', [2, 129])  # a CPU sums them in two ways
+# A CPU sums them in two ways.
+@pytest.mark.parametrize('num_features', [2, pytest.param(129, marks=pytest.mark.slow)])
 def test_the_sums_over_many_examples_of_two_classes_keep_their_digits(num_features):
     n, num_classes = 2**16, 2**16 + 1
     x, labels = np.full((n, num_features), 0.1, np.float32), np.zeros(n, int)

@@ -140,6 +140,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'damage'), DAMAGES)
 def test_a_lost_or_damaged_file_of_a_run_is_not_whole(whole, tmp_path, name, damage):
     path = Path(shutil.copy(whole / name, tmp_path))
@@ -205,6 +206,7 @@ def test_a_run_of_p_by_k_batches_that_goes_on_within_an_epoch_ends_as_if_it_had_
     assert_same_ends(out, tmp_path / 'whole')
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_without_p_by_k_batches_is_one_without_them(whole, tmp_path, capsys):
     out = tmp_path / 'run'
     shutil.copytree(whole, out)
@@ -217,6 +219,7 @@ def test_a_run_of_a_version_without_p_by_k_batches_is_one_without_them(whole, tm
     assert 'finished' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob('*')}
     assert run(*QUICK, '--epochs', 2, '--out', whole, '--resume') == 0
@@ -224,6 +227,7 @@ def test_a_finished_run_is_left_as_it_is(whole, capsys):
     assert {path: path.stat().st_mtime_ns for path in whole.rglob('*')} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('flags', 'named'),
     [
@@ -251,6 +255,7 @@ def test_a_setting_that_is_not_the_runs_is_one_line_that_names_both_and_exit_cod
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_dataset_of_other_classes_is_one_line_that_names_both_shapes(whole, tmp_path, capsys):
     tiny.prepare(tmp_path, {'train': tiny.examples(6), 'test': tiny.examples(3)})
     capsys.readouterr()
@@ -314,6 +319,7 @@ def test_other_data_are_one_line_that_names_the_difference_and_a_moved_folder_is
     assert bytes_of(tmp_path / 'run') == before
 
 
+@pytest.mark.slow
 def test_metrics_of_another_version_are_one_line_and_nothing_is_removed(whole, tmp_path, capsys):
     out = tmp_path / 'run'
     shutil.copytree(whole, out)
@@ -603,6 +609,7 @@ def test_what_cannot_be_written_is_one_line(whole, tmp_path, capsys):
     assert run(*QUICK, '--epochs', 3, '--out', out, '--resume') == 0
 
 
+@pytest.mark.slow
 def test_a_name_with_brackets_is_printed_as_it_is(whole, tmp_path, capsys):
     out = tmp_path / '[old] [' / 'run] :smile:'
     shutil.copytree(whole, out)
@@ -705,6 +712,7 @@ def test_an_error_of_the_device_is_not_taken_for_damage(tmp_path, read):
     assert str(error.value).endswith('and run the same command again')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('content', [b'', b'{', b'\xff', b'[]', b'3', b'{}'])
 def test_damaged_settings_are_one_line_that_names_the_file_and_the_cure(whole, tmp_path, capsys, content):
     out = tmp_path / 'run'

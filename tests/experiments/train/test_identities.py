@@ -17,7 +17,6 @@ from experiments.train.identities import (
     make_world,
     start_identities,
 )
-from tests.support.cases import some_by_default
 
 SETUP = Setup(num_classes=40, steps=5, batch_size=16, feature_dim=3, noise=0.8, unseen=7)
 
@@ -65,7 +64,8 @@ def test_unseen_identities_are_none_of_the_classes_and_do_not_depend_on_their_nu
     assert set(np.asarray(labels).tolist()) == set(range(SETUP.num_classes))
 
 
-@pytest.mark.parametrize('loss', some_by_default({loss: loss for loss in ('class', 'margin', 'distance')}, 'class'))
+@pytest.mark.slow
+@pytest.mark.parametrize('loss', ['class', 'margin', 'distance'])
 def test_the_weight_multiplies_the_center_loss_of_the_features_that_the_softmax_sees(loss):
     world = make_world(0)
     start = start_identities(loss, 0, SETUP)
