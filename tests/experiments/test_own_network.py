@@ -1,6 +1,8 @@
 """A network of the user's by --model: trained, resumed, used by predict, and imported for a flag alone."""
 
 import json
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +59,26 @@ def test_predict_uses_the_running_statistics(trained, tmp_path):
     right = np.mean([line.split(',')[2] == str(label) for line, label in zip(lines, labels, strict=True)])
     summary = json.loads((trained / 'summary.json').read_text())
     np.testing.assert_allclose(right, summary['center']['nearest_center_accuracy'], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('given', [(), ('--model', 'small'), ('--model', 'tests.support.networks:Wide')])
+def test_no_run_makes_a_module_be_imported(trained, tmp_path, capsys, monkeypatch, given):
+    out = tmp_path / 'run'
+    shutil.copytree(trained, out)
+    (tmp_path / 'named_by_a_run.py').write_text(f'open({str(tmp_path / "imported")!r}, "w").close()')
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((out / 'config.json').read_text())
+    (out / 'config.json').write_text(json.dumps(config | {'model': 'named_by_a_run:Net'}))
+    capsys.readouterr()
+    assert tiny.run(predict, '--images', 'digits:test', '--run', out, *given) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert '--model named_by_a_run:Net' in error
+    assert run(*QUICK, '--epochs', 3, '--out', out, '--resume', *given) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert 'named_by_a_run:Net' in error
+    assert 'named_by_a_run' not in sys.modules
+    assert not (tmp_path / 'imported').exists()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -156,25 +155,6 @@ def test_what_cannot_be_labelled_is_one_line_that_says_why_and_exit_code_2(train
     assert len(error.splitlines()) == 1
     assert all(word in error for word in named)
     assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('given', [(), ('--model', 'small'), ('--model', 'tests.support.networks:Wide')])
-def test_no_run_makes_a_module_be_imported(trained, tmp_path, capsys, monkeypatch, given):
-    out = tmp_path / 'run'
-    shutil.copytree(trained, out)
-    (tmp_path / 'named_by_a_run.py').write_text(f'open({str(tmp_path / "imported")!r}, "w").close()')
-    monkeypatch.syspath_prepend(tmp_path)
-    config = json.loads((out / 'config.json').read_text())
-    (out / 'config.json').write_text(json.dumps(config | {'model': 'named_by_a_run:Net'}))
-    capsys.readouterr()
-    assert run('--images', 'digits:test', '--run', out, *given) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert '--model named_by_a_run:Net' in error
-    assert tiny.run(toy2d, *tiny.QUICK, '--epochs', 3, '--out', out, '--resume', *given) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert 'named_by_a_run:Net' in error
-    assert 'named_by_a_run' not in sys.modules
-    assert not (tmp_path / 'imported').exists()
 
 
 def test_a_command_without_images_names_the_flag_and_has_exit_code_2(capsys):
